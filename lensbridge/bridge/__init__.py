@@ -1,0 +1,8 @@
+"""A Hugging Face model as canonical points, the runs over them, and what a run returns."""
+
+from .architecture import Architecture
+from .bridge import TransformerBridge
+from .cache import ActivationCache
+from .config import BridgeConfig
+
+__all__ = ["ActivationCache", "Architecture", "BridgeConfig", "TransformerBridge"]

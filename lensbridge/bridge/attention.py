@@ -1,0 +1,188 @@
+"""Attention inside: scores, pattern, rotated q and k, at the model's own attention call.
+
+While a layer's inner points are listened to, and only then, a torch function mode is open during that
+layer's attention module. It sees the attention happen whatever the code around it looks like: a fused
+``scaled_dot_product_attention`` is computed in the open instead, a hand-written softmax is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..hooks import HookPoint
+
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+
+
+class AttentionSpan(TorchFunctionMode):
+    """Opens one attention module while somebody listens inside it.
+
+    Args:
+        module: The attention module.
+        n_heads: Query heads.
+        n_key_value_heads: Key and value heads.
+        scores, pattern: Their points.
+        rot_q, rot_k: Points of q and k as they enter the product; None in a model that does not rotate.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        n_heads: int,
+        n_key_value_heads: int,
+        scores: HookPoint,
+        pattern: HookPoint,
+        rot_q: HookPoint | None = None,
+        rot_k: HookPoint | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.n_heads = n_heads
+        self.n_key_value_heads = n_key_value_heads
+        self.scores = scores
+        self.pattern = pattern
+        self.rot_q = rot_q
+        self.rot_k = rot_k
+        self.points = tuple(p for p in (rot_q, rot_k, scores, pattern) if p is not None)
+        self.is_open = False
+        self._live: Tensor | None = None
+        self._product_seen = False
+
+    def open(self) -> None:
+        """Start watching torch functions on this thread."""
+        if self.is_open:
+            self.close()
+        self._live, self._product_seen = None, False
+        self.is_open = True
+        self.__enter__()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self.is_open:
+            self.is_open = False
+            self._live = None
+            self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        if func in _PRODUCT and len(args) >= 2:
+            return self._product(func, args, kwargs)
+        if func in _SOFTMAX and self._live is None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.n_heads:
+                edited = self._fire_square(self.scores, x)
+                self._live = func(edited, *args[1:], **kwargs) if args else func(**{**kwargs, "input": edited})
+                return self._live
+        out = func(*args, **kwargs)
+        if self._live is not None and isinstance(out, Tensor) and any(a is self._live for a in args):
+            self._live = out  # dropout, a cast, a sink column sliced off: still the pattern
+        return out
+
+    # --- the fused call --------------------------------------------------------------------------
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        q, k = self._fire_rotated(query, key)
+        v = value
+        if q.shape[1] != k.shape[1]:  # enable_gqa
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        # Scaling q is one pass over [pos, d_head] instead of one over [pos, pos].
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+        dead = None
+        if is_causal:
+            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill_(ahead, -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            dead = ~attn_mask.any(-1, keepdim=True)
+            scores = scores.masked_fill_(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            dead = torch.isneginf(attn_mask).all(-1, keepdim=True)
+            scores = scores + attn_mask
+        scores = self._fire_square(self.scores, scores)
+        # float32 inside the softmax, as in the models' own eager code.
+        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        if dead is not None and bool(dead.any()):
+            # A row that may look nowhere (padding) gets zeros from the fused kernel, not NaN.
+            pattern = pattern.masked_fill(dead, 0.0)
+        if dropout_p > 0.0:
+            pattern = F.dropout(pattern, dropout_p)
+        return self._fire_square(self.pattern, pattern) @ v
+
+    # --- attention written out ---------------------------------------------------------------------
+
+    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        left, right, *rest = args
+        if self._live is not None and left is self._live:
+            left = self._fire_square(self.pattern, left)
+            self._live = None
+            self._product_seen = True
+        elif not self._product_seen and self._is_qk(left, right):
+            self._product_seen = True
+            left, key = self._fire_rotated(left, right.transpose(-1, -2))
+            right = key.transpose(-1, -2)
+        return func(left, right, *rest, **kwargs)
+
+    def _is_qk(self, left: Any, right: Any) -> bool:
+        return (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and left.dim() == right.dim() == 4
+            and left.shape[1] in (self.n_heads, self.n_key_value_heads)
+            and left.shape[-1] == right.shape[-2]
+        )
+
+    # --- firing ------------------------------------------------------------------------------------
+
+    def _fire_rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Fire rot_q and rot_k in [batch, pos, head, d_head]; give back the model's own layout."""
+        q_point, k_point = self.rot_q, self.rot_k
+        if q_point is not None and (q_point.fwd or q_point.bwd):
+            new = q_point.fire(self._unpack(query).transpose(1, 2))
+            if new is not None:
+                query = new.transpose(1, 2).reshape(query.shape)
+        if k_point is not None and (k_point.fwd or k_point.bwd):
+            times = key.shape[1] // self.n_key_value_heads
+            own = key[:, ::times] if times > 1 else key  # undo repeat_kv
+            new = k_point.fire(own.transpose(1, 2))
+            if new is not None:
+                key = new.transpose(1, 2)
+                key = key.repeat_interleave(times, dim=1) if times > 1 else key
+        return query, key
+
+    def _fire_square(self, point: HookPoint, x: Tensor) -> Tensor:
+        """Fire scores or pattern in [batch, head, query, key]; give back the model's own layout."""
+        if not (point.fwd or point.bwd):
+            return x
+        new = point.fire(self._unpack(x))
+        return x if new is None else new.reshape(x.shape)
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        """Undo transformers' packing of grouped heads into the query axis when decoding one token."""
+        if x.shape[1] != self.n_heads and x.shape[1] * x.shape[2] == self.n_heads:
+            return x.reshape(x.shape[0], self.n_heads, 1, x.shape[3])
+        return x

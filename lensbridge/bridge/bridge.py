@@ -1,0 +1,663 @@
+"""TransformerBridge: a Hugging Face model and the names of the places in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..hooks import HookFunction, HookPoint, HookRegistry, HookScope, InputError, Listener
+from ..hooks.point import Direction
+from ..hooks.registry import Selection
+from . import boot
+from .architecture import Architecture
+from .cache import ActivationCache, SliceInput
+from .config import BridgeConfig, read_config
+from .infer import infer
+from .inputs import Inputs, prepare
+from .points import build_registry
+from .run import (
+    RETURN_TYPES,
+    Stack,
+    frozen,
+    lm_loss,
+    logits_of,
+    record_run,
+)
+from .tokens import PaddingSide, Text, Tokens
+from .view import BlocksView, PartView, outline
+
+_Hooks = Iterable[tuple[Any, HookFunction]]
+_Self = TypeVar("_Self", bound="TransformerBridge")
+
+
+class TransformerBridge:
+    """A Hugging Face model with canonical, named hook points.
+
+    Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the
+    code that calling the model runs; while hooks are set, PyTorch hooks sit on the modules concerned and
+    nowhere else; afterwards the model is as it was.
+
+    Args:
+        model: A loaded transformers model (compiled, quantised or dispatched ones too).
+        tokenizer: Its tokenizer; without one, text is refused and token ids work.
+    Raises:
+        ArchitectureError: The model's layers could not be found.
+
+    Example::
+
+        bridge = TransformerBridge(model, tokenizer)
+        logits, cache = bridge.run_with_cache("The capital of France is")
+        cache["pattern", 0]                     # [batch, head, query, key]
+        with bridge.hooks(fwd_hooks=[("blocks.0.hook_out", lambda x, hook: 0 * x)]):
+            bridge("The capital of France is")
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"TransformerBridge wraps a loaded model, got {type(model).__name__}; to load one by name use "
+                "TransformerBridge.boot_transformers(name)"
+            )
+        self.original_model = model
+        inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
+        self._inner: nn.Module = model if inner is None else inner
+        self.architecture: Architecture = infer(self._inner)
+        self.registry: HookRegistry = build_registry(self._inner, self.architecture)
+        self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
+        self._stack = Stack(
+            model, self._inner, self.registry, [block.path for block in self.architecture.blocks]
+        )
+        self.tokenizer = tokenizer
+
+    # --- getting one -----------------------------------------------------------------------------
+
+    @classmethod
+    def boot_transformers(
+        cls: type[_Self],
+        model_name: str,
+        hf_config_overrides: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+        load_weights: bool = True,
+        trust_remote_code: bool = False,
+        model_class: Any = None,
+        hf_model: nn.Module | None = None,
+        device_map: Any = None,
+        n_devices: int | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        n_ctx: int | None = None,
+        revision: str | None = None,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        **hf_kwargs: Any,
+    ) -> _Self:
+        """Load a checkpoint by name or path and wrap it.
+
+        Args:
+            model_name: Hub name or local folder.
+            hf_config_overrides: Values to set in the Hugging Face config before the model is built.
+            device: Where to put the model; not together with ``device_map`` or ``n_devices``.
+            dtype: Parameter dtype; float32 unless given.
+            tokenizer: Use this one instead of the checkpoint's.
+            load_weights: False builds the model with random weights, from the config alone.
+            trust_remote_code: Run code that comes with the checkpoint.
+            model_class: The transformers class to load with; found from the config unless given.
+            hf_model: A loaded model to wrap as it is; then nothing is loaded.
+            device_map, max_memory: As in accelerate.
+            n_devices: Balance the layers over this many CUDA devices.
+            n_ctx: Context length to set in the config.
+            revision: Branch, tag or commit.
+            checkpoint_index, checkpoint_value: Training checkpoint of a family that publishes them.
+            **hf_kwargs: Passed to ``from_pretrained`` (``attn_implementation``, ``quantization_config``, ...).
+        Raises:
+            InputError: Arguments that exclude each other.
+        """
+        model, tokenizer = boot.load(
+            model_name,
+            hf_config_overrides=hf_config_overrides,
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            load_weights=load_weights,
+            trust_remote_code=trust_remote_code,
+            model_class=model_class,
+            hf_model=hf_model,
+            device_map=device_map,
+            n_devices=n_devices,
+            max_memory=max_memory,
+            n_ctx=n_ctx,
+            revision=revision,
+            checkpoint_index=checkpoint_index,
+            checkpoint_value=checkpoint_value,
+            **hf_kwargs,
+        )
+        return cls(model, tokenizer)
+
+    from_pretrained = boot_transformers
+
+    @classmethod
+    def boot_native(
+        cls: type[_Self],
+        config: BridgeConfig | Mapping[str, Any],
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> _Self:
+        """A small new model with random weights; see `lensbridge.bridge.boot.native`.
+
+        Args:
+            config: Sizes; a mapping is turned into a `BridgeConfig`.
+            tokenizer: Optional.
+            device, dtype: Override those of the config.
+        """
+        cfg = config if isinstance(config, BridgeConfig) else BridgeConfig(**config)
+        model = boot.native(cfg)
+        return cls(model.to(device=device, dtype=dtype), tokenizer)
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        sizes = f"{c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, vocabulary {c.d_vocab}"
+        return f"TransformerBridge({c.architecture}: {sizes}; {len(self.registry)} hook points)"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{outline(self.registry)}"
+
+    # --- the model's own state -------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The Hugging Face model's parameters."""
+        return self.original_model.parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The Hugging Face model's named parameters."""
+        return self.original_model.named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The Hugging Face model's state dict, under its own keys."""
+        return self.original_model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the Hugging Face model."""
+        return self.original_model.load_state_dict(*args, **kwargs)
+
+    def to(self: _Self, *args: Any, **kwargs: Any) -> _Self:
+        """Move or cast the model, as ``nn.Module.to``; returns the bridge."""
+        self.original_model.to(*args, **kwargs)
+        first = next(self._inner.parameters(), None)
+        if first is not None:
+            self.cfg.device, self.cfg.dtype = first.device, first.dtype
+        return self
+
+    def cuda(self: _Self, device: int | torch.device | None = None) -> _Self:
+        """Move the model to a CUDA device."""
+        return self.to("cuda" if device is None else torch.device("cuda", device))
+
+    def cpu(self: _Self) -> _Self:
+        """Move the model to the CPU."""
+        return self.to("cpu")
+
+    def eval(self: _Self) -> _Self:
+        """Switch dropout and the like off."""
+        self.original_model.eval()
+        return self
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Switch dropout and the like on."""
+        self.original_model.train(mode)
+        return self
+
+    def requires_grad_(self: _Self, requires_grad: bool = True) -> _Self:
+        """Freeze or unfreeze every parameter."""
+        self.original_model.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self.original_model.training
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model takes its input; None when accelerate moves inputs itself."""
+        embed = self.architecture.embed
+        home = self._inner if embed is None else self._inner.get_submodule(embed)
+        first = next(home.parameters(), None)
+        return None if first is None or first.device.type == "meta" else first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return next(self._inner.parameters()).dtype
+
+    # --- points ----------------------------------------------------------------------------------
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every point by canonical name and by alias."""
+        return self.registry.hook_dict
+
+    def hook_points(self) -> list[HookPoint]:
+        """Every point, in execution order."""
+        return list(self.registry.values())
+
+    def get_hook_point(self, name: str) -> HookPoint:
+        """The point behind a name or alias.
+
+        Raises:
+            UnknownPointError, AbsentPointError: No such point; the message says the nearest, or why not.
+        """
+        return self.registry[name]
+
+    def why(self, name: str) -> str | None:
+        """Why this model lacks a canonical point; None when it has it."""
+        return self.registry.why(name)
+
+    @cached_property
+    def blocks(self) -> BlocksView:
+        """The layers' points: ``bridge.blocks[0].attn.hook_pattern``."""
+        return BlocksView(self.registry, self.cfg.n_layers)
+
+    @property
+    def embed(self) -> PartView:
+        """The token embedding's points."""
+        return PartView(self.registry, "embed")
+
+    @property
+    def pos_embed(self) -> PartView:
+        """The position embedding's points."""
+        return PartView(self.registry, "pos_embed")
+
+    @property
+    def ln_final(self) -> PartView:
+        """The final norm's points."""
+        return PartView(self.registry, "ln_final")
+
+    @property
+    def unembed(self) -> PartView:
+        """The head's points."""
+        return PartView(self.registry, "unembed")
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def hooks(
+        self,
+        fwd_hooks: _Hooks = (),
+        bwd_hooks: _Hooks = (),
+        *,
+        clear_contexts: bool = False,
+    ) -> HookScope:
+        """Hooks for the length of a ``with`` block.
+
+        Args:
+            fwd_hooks: Pairs (name or filter, ``fn(tensor, hook)``).
+            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``).
+            clear_contexts: Empty the points' ``ctx`` afterwards.
+        Raises:
+            HookNotFiredError: On leaving, when the model ran and a forward hook was never reached.
+        """
+        return self.registry.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts)
+
+    def add_hook(
+        self,
+        name: Selection,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        *,
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> list[Listener]:
+        """Listen until `reset_hooks` (or, if permanent, until removed); returns the listeners."""
+        return self.registry.add_hook(
+            name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend
+        )
+
+    def add_perma_hook(
+        self, name: Selection, hook: HookFunction, dir: Direction = "fwd"
+    ) -> list[Listener]:
+        """Listen through every `reset_hooks`."""
+        return self.registry.add_hook(name, hook, dir, is_permanent=True)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove listeners from every point."""
+        self.registry.reset(clear_contexts, direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """Empty every point's ``ctx``."""
+        for point in self.registry.values():
+            point.clear_context()
+
+    def list_hooks(
+        self,
+        name_filter: Selection = None,
+        dir: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = True,
+    ) -> dict[str, list[Listener]]:
+        """Who listens where: listeners by canonical name, silent points left out."""
+        points = self.hook_points() if name_filter is None else self.registry.select(name_filter)
+        found = {
+            str(point.name): [
+                listener
+                for listener in (*point.fwd, *point.bwd)
+                if dir in ("both", listener.direction)
+                and (including_permanent or not listener.is_permanent)
+            ]
+            for point in points
+        }
+        return {name: listeners for name, listeners in found.items() if listeners}
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`."""
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input: Any = None,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Any = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: A string, a list of strings, token ids ([pos] or [batch, pos]), embeddings
+                ([batch, pos, d_model]), or, with ``start_at_layer``, the residual stream entering that layer.
+            return_type: ``"logits"`` [batch, pos, d_vocab]; ``"loss"``, the mean next-token loss in nats;
+                ``"both"``, a pair of the two; ``"predictions"``, the likeliest next token as text; None.
+            loss_per_token: Losses [batch, pos - 1] instead of the mean.
+            prepend_bos: Whether text gets a BOS token; None follows ``cfg.default_prepend_bos``.
+            padding_side: Where shorter texts are padded; None follows the tokenizer.
+            attention_mask: 1 at real tokens, for token ids. Position ids follow it when it shows padding in front.
+            start_at_layer: Skip the layers before this one.
+            stop_at_layer: Run nothing from this layer on and return the residual stream entering it,
+                [batch, pos, d_model]. Negative counts from the end; ``n_layers`` is behind the last layer.
+            tokens: The ids behind ``input`` when that is embeddings or a residual stream, for the loss.
+            **hf_kwargs: Anything the Hugging Face forward takes.
+        Returns:
+            What ``return_type`` says; with ``stop_at_layer``, the residual stream.
+        Raises:
+            InputError: An input or argument that cannot be used.
+            LayerRangeError: A layer this model does not have.
+        """
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type must be one of {RETURN_TYPES}, got {return_type!r}")
+        start = None if start_at_layer is None else self._stack.layer(start_at_layer, "start_at_layer")
+        stop = None if stop_at_layer is None else self._stack.layer(stop_at_layer, "stop_at_layer")
+        if start is not None:
+            self._check_residual(input)
+            if stop is not None and stop < start:
+                raise InputError(f"stop_at_layer={stop} comes before start_at_layer={start}")
+        inputs = prepare(
+            self._inner,
+            self._tokens,
+            input if start is None else input.detach(),
+            device=self.device,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            **hf_kwargs,
+        )
+        if tokens is not None:
+            inputs.tokens = tokens
+        out = self._run(inputs, input, start, stop)
+        return out if stop is not None else self._answer(out, inputs, return_type, loss_per_token)
+
+    def _run(self, inputs: Inputs, residual: Any, start: int | None, stop: int | None) -> Any:
+        if start is not None and start == stop:
+            return residual
+        try:
+            if start is not None:
+                with self._stack.entered_at(start, residual):
+                    return self._go(inputs, stop)
+            return self._go(inputs, stop)
+        except IndexError as error:
+            # The embedding lookup failed; say which token or length it was.
+            if inputs.tokens is not None:
+                self._tokens.check_ids(inputs.tokens)
+                n_ctx, length = self.cfg.n_ctx, inputs.tokens.shape[1]
+                if n_ctx is not None and length > n_ctx:
+                    raise InputError(
+                        f"{length} tokens are more than the {n_ctx} this model has positions for"
+                    ) from error
+            raise
+
+    def _go(self, inputs: Inputs, stop: int | None) -> Any:
+        if stop is None:
+            return self._stack.call(inputs.kwargs)
+        return self._stack.call_until(stop, inputs.kwargs)
+
+    def _check_residual(self, residual: Any) -> None:
+        wanted = f"[batch, pos, {self.cfg.d_model}]"
+        if not isinstance(residual, Tensor) or not residual.is_floating_point():
+            raise InputError(
+                f"start_at_layer takes the residual stream entering that layer, {wanted}, "
+                f"got {type(residual).__name__}"
+            )
+        if residual.dim() != 3 or residual.shape[-1] != self.cfg.d_model:
+            raise InputError(f"the residual stream has shape {wanted}, got {list(residual.shape)}")
+
+    def _answer(self, out: Any, inputs: Inputs, return_type: str | None, per_token: bool) -> Any:
+        if return_type is None:
+            return None
+        logits = logits_of(out, self.original_model)
+        if return_type == "logits":
+            return logits
+        if return_type == "predictions":
+            return self._predictions(logits, inputs)
+        if inputs.tokens is None:
+            raise InputError(
+                f"return_type={return_type!r} needs the token ids, and the input was not tokens; "
+                "pass them as tokens="
+            )
+        loss = lm_loss(logits, inputs.tokens, inputs.mask, per_token=per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _predictions(self, logits: Tensor, inputs: Inputs) -> str | list[str]:
+        rows = torch.arange(len(logits), device=logits.device)
+        last = torch.full_like(rows, logits.shape[1] - 1)
+        if inputs.mask is not None:
+            where = torch.arange(logits.shape[1], device=logits.device)
+            last = (where * inputs.mask.to(logits.device)).argmax(-1)
+        text = self._tokens.to_string(logits[rows, last].argmax(-1)[:, None])
+        return text[0] if len(text) == 1 else text
+
+    def run_with_cache(
+        self,
+        input: Any = None,
+        *args: Any,
+        names_filter: Selection = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: SliceInput = None,
+        return_cache_object: bool = True,
+        return_type: str | None = "logits",
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """Run and keep what the points show.
+
+        Args:
+            input: As in `forward`.
+            *args: Further positional arguments of `forward`, from ``return_type`` on.
+            names_filter: What to keep: None for every point except those that multiply memory by the number of
+                heads, or a name, alias, glob, predicate on names, or a list of these.
+            device: Where to keep the tensors.
+            remove_batch_dim: Drop the batch dimension of the cached tensors (one row only).
+            incl_bwd: Differentiate the loss and keep gradients as ``<name>_grad``; needs ``return_type="loss"``.
+                No parameter's ``.grad`` is touched.
+            pos_slice: Positions to keep.
+            return_cache_object: False gives a plain dictionary.
+            return_type: As in `forward`.
+            **kwargs: As in `forward`.
+        Returns:
+            What `forward` returns, and the cache, in the order the model produced it.
+        Raises:
+            UnknownPointError, AbsentPointError: A filter that selects nothing.
+            HookNotFiredError: A point asked for by name that the run did not pass.
+        """
+        if args:
+            if len(args) > 1:
+                raise InputError("run_with_cache takes input and return_type by position, the rest by name")
+            return_type = args[0]
+        backward: Callable[[Any], Tensor] | None = None
+        if incl_bwd:
+            if return_type not in ("loss", "both") or kwargs.get("loss_per_token"):
+                raise InputError(
+                    "incl_bwd=True differentiates the loss: pass return_type='loss' (or 'both'), "
+                    f"without loss_per_token; got return_type={return_type!r}"
+                )
+
+            def backward(out: Any) -> Tensor:
+                return out if return_type == "loss" else out[1]
+
+        def run() -> Any:
+            return self.forward(input, return_type=return_type, **kwargs)
+
+        record = {"names_filter": names_filter, "device": device, "pos_slice": pos_slice}
+        if incl_bwd:
+            with frozen(self._inner):
+                out, cache = record_run(self.registry, run, backward=backward, **record)
+        else:
+            out, cache = record_run(self.registry, run, **record)
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return out, cache if return_cache_object else cache.cache_dict
+
+    def run_with_hooks(
+        self,
+        input: Any = None,
+        *args: Any,
+        fwd_hooks: _Hooks = (),
+        bwd_hooks: _Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run with hooks set for this run.
+
+        Args:
+            input: As in `forward`.
+            *args: Further positional arguments of `forward`, from ``return_type`` on.
+            fwd_hooks: Pairs (name or filter, ``fn(tensor, hook)``); a returned tensor replaces the value.
+            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``). They belong to this run's graph and fire when
+                it is differentiated, also after this call has returned.
+            reset_hooks_end: False leaves the hooks set, until `reset_hooks`.
+            clear_contexts: Empty the points' ``ctx`` afterwards.
+            **kwargs: As in `forward`.
+        Returns:
+            What `forward` returns.
+        Raises:
+            HookNotFiredError: A forward hook's point was not reached (unless the run was stopped before it).
+        """
+        if reset_hooks_end:
+            with self.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts):
+                return self.forward(input, *args, **kwargs)
+        # Resolve all names before anything is set.
+        with self.hooks(fwd_hooks, bwd_hooks):
+            pass
+        for dir, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+            for name, fn in pairs:
+                self.add_hook(name, fn, dir)  # type: ignore[arg-type]
+        return self.forward(input, *args, **kwargs)
+
+    def hf_generate(self, input: Any = None, *, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate`` on text or ids, hooks live at every step.
+
+        Args:
+            input: Text, a list of texts, or token ids.
+            prepend_bos: As in `forward`.
+            **kwargs: Passed straight to ``generate``.
+        Returns:
+            What ``generate`` returns.
+        """
+        inputs = prepare(
+            self._inner,
+            self._tokens,
+            input,
+            device=self.device,
+            prepend_bos=prepend_bos,
+            padding_side="left",  # new tokens are appended on the right
+        )
+        given = dict(inputs.kwargs)
+        given.pop("position_ids", None)  # generate makes its own from the mask
+        return self._stack.generate({**given, **kwargs})
+
+    # --- tokens ----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None. Setting it re-reads the BOS and padding rules."""
+        return self._tokens.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokens = Tokens(tokenizer, self.cfg)
+
+    def to_tokens(
+        self,
+        input: Text,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids of a string or a list of strings.
+
+        Args:
+            input: The text.
+            prepend_bos: Whether each row starts with BOS; None follows ``cfg.default_prepend_bos``.
+            padding_side: Where shorter rows are padded; None follows the tokenizer.
+            move_to_device: Put the ids where the model is.
+            truncate: Cut at the model's context length.
+        Raises:
+            InputError: No tokenizer, an empty list, or an item that is no string.
+        """
+        ids, _ = self._tokens.batch(input, prepend_bos, padding_side, truncate=truncate)
+        return ids.to(self.device) if move_to_device and self.device is not None else ids
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Text of token ids: a string for [pos], a list of strings for [batch, pos]."""
+        return self._tokens.to_string(tokens)
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+        """The tokens of a text, or of ids, as strings."""
+        return self._tokens.to_str_tokens(input, prepend_bos)
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token; an error when it is not."""
+        return self._tokens.to_single_token(string)
+
+    def to_single_str_token(self, token: int) -> str:
+        """The text of one id."""
+        return self._tokens.to_single_str_token(token)
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: Any,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> int:
+        """Position of a token in a text or a row of ids."""
+        return self._tokens.token_position(single_token, input, mode, prepend_bos, padding_side)

@@ -1,0 +1,189 @@
+"""ActivationCache: what a run left behind, by any name its points go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from ..hooks import HookRegistry, InputError, LayerRangeError, UnknownPointError
+from ..hooks.names import act_name
+
+SliceInput = Union[None, int, slice, tuple[Any, ...], list[int], Tensor]
+"""None (everything), an index (drops the dimension), a slice or (start, stop[, step]), or a list of indices."""
+
+_GRAD = "_grad"
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Activations by canonical name, in the order the model produced them.
+
+    Keys may be canonical names, aliases, or TransformerLens shorthand with a layer, which may be negative:
+    ``cache["blocks.0.hook_out"]``, ``cache["blocks.0.hook_resid_post"]``, ``cache["resid_post", -1]``,
+    ``cache["pattern", 3]``, ``cache["normalized", 4, "ln2"]``. Gradients are under ``<name>_grad``.
+
+    Args:
+        activations: Tensors by canonical name.
+        registry: The points, for aliases and for error messages.
+        has_batch_dim: Whether dimension 0 is the batch.
+    """
+
+    def __init__(
+        self,
+        activations: dict[str, Tensor],
+        registry: HookRegistry,
+        *,
+        has_batch_dim: bool = True,
+    ) -> None:
+        self.cache_dict = activations
+        self.registry = registry
+        self.has_batch_dim = has_batch_dim
+
+    # --- mapping ---------------------------------------------------------------------------------
+
+    def __getitem__(self, key: Any) -> Tensor:
+        held = self.cache_dict.get(key) if isinstance(key, str) else None
+        return self.cache_dict[self._find(key)] if held is None else held
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self._find(key)
+        except (KeyError, InputError, LayerRangeError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def __repr__(self) -> str:
+        size = sum(t.numel() * t.element_size() for t in self.cache_dict.values())
+        batch = "" if self.has_batch_dim else ", no batch dimension"
+        return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB at most{batch})"
+
+    def _find(self, key: Any) -> str:
+        name = self._full_name(key)
+        is_grad = name.endswith(_GRAD) and name not in self.registry
+        bare = name[: -len(_GRAD)] if is_grad else name
+        canonical = self.registry.canonical(bare) + (_GRAD if is_grad else "")
+        if canonical not in self.cache_dict:
+            held = ", ".join(list(self.cache_dict)[:4]) or "nothing"
+            what = "gradient of it (incl_bwd=True asks for gradients)" if is_grad else "such point"
+            raise UnknownPointError(
+                f"{name!r} exists in the model but the run cached no {what}; cached: {held}"
+                + (f" and {len(self) - 4} more" if len(self) > 4 else "")
+            )
+        return canonical
+
+    def _full_name(self, key: Any) -> str:
+        if isinstance(key, str):
+            return key if key in self.registry else self._from_shorthand(key)
+        if isinstance(key, tuple) and 1 <= len(key) <= 3 and isinstance(key[0], str):
+            name, layer, part = (*key, None, None)[:3]
+            if layer is not None:
+                layer = self._layer(layer)
+            return act_name(name, layer, part)
+        raise InputError(f"a cache key is a name or (name, layer[, part]), got {key!r}")
+
+    def _from_shorthand(self, key: str) -> str:
+        try:
+            return act_name(key)
+        except InputError:
+            return key  # let the registry suggest names
+
+    def _layer(self, layer: Any) -> int:
+        if not isinstance(layer, int):
+            raise InputError(f"a layer is an int, got {layer!r}")
+        layers = [p.layer() for n, p in self.registry.items() if n.startswith("blocks.") and n.endswith(".hook_in") and n.count(".") == 2]
+        count = len(layers)
+        if not -count <= layer < count:
+            raise LayerRangeError(f"layer {layer} is not one of this model's {count} (0 to {count - 1})")
+        return layer % count
+
+    # --- moving and cutting ----------------------------------------------------------------------
+
+    def map(self, fn: Callable[[str, Tensor], Tensor], **state: Any) -> ActivationCache:
+        """A new cache with every tensor changed by ``fn(name, tensor)``."""
+        made = {name: fn(name, tensor) for name, tensor in self.cache_dict.items()}
+        return ActivationCache(made, self.registry, **{"has_batch_dim": self.has_batch_dim, **state})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+        """Move every tensor (floating ones to ``dtype`` too), in place; returns itself."""
+        for name, tensor in self.cache_dict.items():
+            wanted = dtype if tensor.is_floating_point() else None
+            self.cache_dict[name] = tensor.to(device=device or tensor.device, dtype=wanted or tensor.dtype)
+        return self
+
+    def remove_batch_dim(self) -> ActivationCache:
+        """Drop a batch dimension of size one, in place; returns itself.
+
+        Raises:
+            InputError: Some tensor's first dimension is larger than one.
+        """
+        if self.has_batch_dim:
+            wide = [name for name, tensor in self.cache_dict.items() if tensor.shape[0] != 1]
+            if wide:
+                raise InputError(
+                    f"cannot remove the batch dimension: {wide[0]} has {self.cache_dict[wide[0]].shape[0]} rows"
+                )
+            for name, tensor in self.cache_dict.items():
+                self.cache_dict[name] = tensor[0]
+            self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> ActivationCache:
+        """A new cache with rows picked; an int drops the dimension. Tensors are views where they can be."""
+        if not self.has_batch_dim:
+            raise InputError("this cache has no batch dimension to slice")
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            # A value that is shared by the whole batch (position embeddings) has one row for all of them.
+            rows = 0 if isinstance(batch_slice, int) else slice(None)
+            return take(tensor, rows if tensor.shape[0] == 1 and self._rows() != 1 else batch_slice, 0)
+
+        return self.map(cut, has_batch_dim=not isinstance(batch_slice, int))
+
+    def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> ActivationCache:
+        """A new cache with positions picked (query positions of scores and patterns)."""
+        shift = 0 if self.has_batch_dim else 1
+        return self.map(lambda name, tensor: take(tensor, pos_slice, self._pos_dim(name) - shift))
+
+    def _rows(self) -> int:
+        return max((tensor.shape[0] for tensor in self.cache_dict.values()), default=0)
+
+    def _pos_dim(self, name: str) -> int:
+        return pos_dim(self.registry[name.removesuffix(_GRAD)].axes)
+
+
+def pos_dim(axes: str) -> int:
+    """Which dimension runs over positions; the query dimension of scores and patterns."""
+    names = axes.split()
+    return names.index("pos" if "pos" in names else "query")
+
+
+def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
+    """Slice one dimension; an int drops it.
+
+    Raises:
+        InputError: Not a slice.
+    """
+    if what is None:
+        return tensor
+    if isinstance(what, bool):
+        raise InputError("a slice is None, an int, a slice, (start, stop), or a list of indices, got a bool")
+    if isinstance(what, int):
+        return tensor.select(dim, what)
+    if isinstance(what, tuple):
+        what = slice(*what)
+    if isinstance(what, slice):
+        index: list[Any] = [slice(None)] * dim
+        return tensor[(*index, what)]
+    if isinstance(what, (list, Tensor)):
+        return tensor.index_select(dim, torch.as_tensor(what, device=tensor.device).reshape(-1))
+    raise InputError(
+        f"a slice is None, an int, a slice, (start, stop), or a list of indices, got {type(what).__name__}"
+    )

@@ -1,0 +1,169 @@
+"""From whatever the user has - text, ids, embeddings, a mask - to the keywords of a Hugging Face forward."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks import InputError
+from .tokens import PaddingSide, Tokens, as_ids, positions_from_mask
+
+
+@dataclass
+class Inputs:
+    """A prepared input.
+
+    Attributes:
+        kwargs: Keywords for the model's forward.
+        tokens: The ids, [batch, pos]; None when embeddings were given.
+        mask: 1 at real tokens; None when every token is real.
+    """
+
+    kwargs: dict[str, Any]
+    tokens: Tensor | None
+    mask: Tensor | None
+
+
+def prepare(
+    model: nn.Module,
+    tokens: Tokens,
+    value: Any,
+    *,
+    device: torch.device | None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide | None = None,
+    attention_mask: Any = None,
+    **given: Any,
+) -> Inputs:
+    """Turn an input into keywords for the model.
+
+    Strings are tokenized; several of unequal length are padded, with mask and position ids. A mask given with
+    token ids gets its position ids too when it shows padding in front. What the caller passes wins.
+
+    Raises:
+        InputError: Nothing usable was given, or a keyword the model does not know.
+    """
+    check_keywords(model, given)
+    if isinstance(value, str) or _is_list_of_text(value):
+        if attention_mask is not None:
+            raise InputError("text makes its own attention mask; pass token ids to bring one")
+        ids, mask = tokens.batch(value, prepend_bos, padding_side)
+        # Without padding the model is called as it would be on bare ids, fast kernels and all.
+        padded = not bool(mask.all())
+        return _with_mask(model, {"input_ids": ids}, ids, mask if padded else None, device, given)
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        if value.dim() != 3:
+            raise InputError(f"embeddings have shape [batch, pos, d_model], got {list(value.shape)}")
+        mask = _as_mask(attention_mask, value.shape[:2])
+        return _with_mask(model, {"inputs_embeds": value}, None, mask, device, given)
+    if value is None:
+        if not given:
+            raise InputError("nothing to run: give text, token ids or embeddings")
+        mask = attention_mask
+        return _with_mask(model, {}, given.get("input_ids"), mask, device, given)
+    ids = as_ids(value)
+    if ids.dim() == 1:
+        ids = ids[None]
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise InputError(f"token ids have shape [pos] or [batch, pos] and are not empty, got {list(ids.shape)}")
+    if ids.device.type != "cpu" and ids.device.type != "meta":
+        # On an accelerator an id beyond the vocabulary kills the process; on the CPU it only raises.
+        tokens.check_ids(ids)
+    mask = _as_mask(attention_mask, ids.shape)
+    return _with_mask(model, {"input_ids": ids}, ids, mask, device, given)
+
+
+def _with_mask(
+    model: nn.Module,
+    kwargs: dict[str, Any],
+    ids: Tensor | None,
+    mask: Tensor | None,
+    device: torch.device | None,
+    given: dict[str, Any],
+) -> Inputs:
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+        if mask.dim() == 2 and "position_ids" not in given and _has_gap(mask) and takes_positions(model):
+            kwargs["position_ids"] = positions_from_mask(mask)
+    if device is not None:
+        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+        ids = None if ids is None else ids.to(device)
+        mask = None if mask is None else mask.to(device)
+    return Inputs({**kwargs, **given}, ids, mask)
+
+
+def _has_gap(mask: Tensor) -> bool:
+    """Whether a masked token stands before a real one in some row."""
+    return bool((mask[:, 1:].long() > mask[:, :-1].long()).any())
+
+
+@cache
+def _parameters(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
+    parameters = inspect.signature(kind.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+    return frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@cache
+def _shared_keywords() -> frozenset[str]:
+    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+    from transformers.utils import TransformersKwargs
+
+    shared = {*get_type_hints(TransformersKwargs), *get_type_hints(FlashAttentionKwargs)}
+    return frozenset({*shared, "output_attentions", "output_hidden_states", "return_dict", "use_cache"})
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether position ids can and should be passed with a left-padded mask.
+
+    Models whose positions start behind the padding index (RoBERTa) derive them from the ids themselves.
+    """
+    names, _ = _parameters(type(model))
+    return "position_ids" in names and not any(
+        hasattr(module, "padding_idx") and hasattr(module, "create_position_ids_from_input_ids")
+        for module in model.modules()
+    )
+
+
+def check_keywords(model: nn.Module, given: dict[str, Any]) -> None:
+    """Refuse keywords that would vanish in the model's ``**kwargs``."""
+    if not given:
+        return
+    names, takes_any = _parameters(type(model))
+    unknown = [name for name in given if name not in names]
+    if takes_any:
+        unknown = [name for name in unknown if name not in _shared_keywords()]
+    if unknown:
+        near = get_close_matches(unknown[0], sorted({*names, *_shared_keywords()}), n=3)
+        raise InputError(
+            f"unknown argument {unknown[0]!r}: neither the bridge nor {type(model).__name__}.forward knows it"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+
+
+def _as_mask(mask: Any, shape: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    if mask.dim() == 1:
+        mask = mask[None]
+    if mask.dim() == 2 and (mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
+        raise InputError(f"attention_mask has shape {list(mask.shape)} but the input {list(shape)}")
+    return mask
+
+
+def _is_list_of_text(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return False
+    if not value:
+        raise InputError("an empty list was given; give at least one string or token id")
+    texts = [isinstance(item, str) for item in value]
+    if any(texts) and not all(texts):
+        raise InputError("a list of inputs must be all text or all token ids")
+    return all(texts)

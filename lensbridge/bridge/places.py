@@ -1,0 +1,236 @@
+"""Places: the taps that points are made of, each a pair of read and write on one module call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..hooks import ArchitectureError, Call, Tap
+from . import norm as norms
+from .architecture import Norm, Projection, Split
+from .graft import graft
+
+# --- the whole tensor -----------------------------------------------------------------------------------
+
+
+@cache
+def _first_parameter(kind: type[nn.Module]) -> str:
+    names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
+    return names[0] if names else ""
+
+
+def get_input(call: Call) -> Tensor:
+    """The hidden state a module was called with: its first argument, by position or by name."""
+    if call.args:
+        return call.args[0]
+    name = _first_parameter(type(call.module))
+    if name not in call.kwargs:
+        raise ArchitectureError(
+            f"{type(call.module).__name__} was called without its first argument {name!r}; "
+            f"it got {', '.join(call.kwargs) or 'nothing'}"
+        )
+    return call.kwargs[name]
+
+
+def set_input(call: Call, value: Tensor) -> None:
+    """Replace the hidden state a module is called with."""
+    call.changed = True
+    if call.args:
+        call.args = (value, *call.args[1:])
+    else:
+        call.kwargs = {**call.kwargs, _first_parameter(type(call.module)): value}
+
+
+def get_output(call: Call) -> Tensor:
+    """What a module returned; the first item of a tuple, list or Hugging Face output."""
+    return call.output if isinstance(call.output, Tensor) else call.output[0]
+
+
+def set_output(call: Call, value: Tensor) -> None:
+    """Replace what a module returned, in whatever it was wrapped."""
+    set_item(call, 0, value)
+
+
+def set_item(call: Call, index: int, value: Tensor) -> None:
+    """Replace one item of what a module returned (a bare tensor is its own only item)."""
+    call.changed = True
+    if isinstance(call.output, Tensor):
+        call.output = value
+    elif isinstance(call.output, dict):  # ModelOutput
+        twin = type(call.output)(**call.output)
+        twin[list(call.output.keys())[index]] = value
+        call.output = twin
+    else:
+        items = list(call.output)
+        items[index] = value
+        kind = type(call.output)
+        call.output = kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def whole_input() -> Tap:
+    """A module's input as it is."""
+    return Tap("input", get_input, set_input)
+
+
+def whole_output() -> Tap:
+    """A module's output as it is."""
+    return Tap("output", get_output, set_output)
+
+
+def output_item(index: int) -> Tap:
+    """One item of a tuple a module returns."""
+    return Tap("output", lambda call: call.output[index], lambda call, value: set_item(call, index, value))
+
+
+# --- heads and shares -----------------------------------------------------------------------------------
+
+
+def input_heads(n: int, d: int) -> Tap:
+    """A module's input seen as heads."""
+    return Tap(
+        "input",
+        lambda call: get_input(call).unflatten(-1, (n, d)),
+        lambda call, value: set_input(call, value.flatten(-2)),
+    )
+
+
+def take_share(x: Tensor, split: Split, index: int) -> Tensor:
+    """One projection out of a joint output, [..., width]."""
+    start = sum(split.sizes[:index])
+    if split.groups == 1:
+        return x.narrow(-1, start, split.sizes[index])
+    runs = x.unflatten(-1, (split.groups, sum(split.sizes)))
+    return runs.narrow(-1, start, split.sizes[index]).flatten(-2)
+
+
+def put_share(x: Tensor, split: Split, index: int, value: Tensor) -> Tensor:
+    """The joint output with one projection replaced."""
+    runs = x.unflatten(-1, (split.groups, sum(split.sizes)))
+    shares = list(runs.split(split.sizes, dim=-1))
+    shares[index] = value.unflatten(-1, (split.groups, split.sizes[index]))
+    return torch.cat(shares, dim=-1).flatten(-2)
+
+
+def projection_output(projection: Projection, heads: tuple[int, int] | None) -> Tap:
+    """What a projection makes, as heads when ``heads = (n, d)`` is given."""
+    split, index = projection.split, projection.index
+
+    def read(call: Call) -> Tensor:
+        x = get_output(call)
+        if split is not None:
+            if split.groups > 1 and heads == (split.groups, split.sizes[index]):
+                start = sum(split.sizes[:index])  # one head a run: no copy needed
+                return x.unflatten(-1, (split.groups, -1)).narrow(-1, start, split.sizes[index])
+            x = take_share(x, split, index)
+        return x if heads is None else x.unflatten(-1, heads)
+
+    def write(call: Call, value: Tensor) -> None:
+        if heads is not None:
+            value = value.flatten(-2)
+        set_output(call, value if split is None else put_share(get_output(call), split, index, value))
+
+    return Tap("output", read, write)
+
+
+def projection_input(projection: Projection) -> Tap:
+    """What a projection reads. Changing it for one share of a joint projection leaves the others alone."""
+    split, index = projection.split, projection.index
+    if split is None:
+        return whole_input()
+
+    def late(call: Call, value: Tensor) -> None:
+        # Run the joint projection again on the changed input and take this share of the result.
+        again = call.module.forward(value)
+        share = take_share(again, split, index)
+        set_output(call, put_share(get_output(call), split, index, share))
+
+    return Tap("input", get_input, set_input, late=late)
+
+
+# --- inside a norm --------------------------------------------------------------------------------------
+
+
+def norm_scale(norm: Norm) -> Tap:
+    """The scale a norm divides by, [..., 1]."""
+
+    def write(call: Call, value: Tensor) -> None:
+        x = get_input(call)
+        normalized = norms.normalize(norm, x, value)
+        set_output(call, norms.output_from(norm, call.module, x, normalized, get_output(call)))
+        call.scratch["scale"] = value
+
+    return Tap("output", lambda call: norms.scale(norm, get_input(call)), write)
+
+
+def norm_normalized(norm: Norm) -> Tap:
+    """The normalised value before the norm's weights."""
+
+    def read(call: Call) -> Tensor:
+        x = get_input(call)
+        by = call.scratch.get("scale")
+        return norms.normalize(norm, x, norms.scale(norm, x) if by is None else by)
+
+    def write(call: Call, value: Tensor) -> None:
+        x, out = get_input(call), get_output(call)
+        set_output(call, norms.output_from(norm, call.module, x, value, out))
+
+    return Tap("output", read, write)
+
+
+# --- what each head adds --------------------------------------------------------------------------------
+
+
+def head_results(n: int, d: int) -> Tap:
+    """What each head writes into the residual stream, [batch, pos, head, d_model], read at W_O."""
+
+    def read(call: Call) -> Tensor:
+        return _results(call.module, get_input(call).unflatten(-1, (n, d)))
+
+    def write(call: Call, value: Tensor) -> None:
+        with torch.no_grad():
+            same = (value == read(call)).flatten(-2).all(-1, keepdim=True)
+        total = value.sum(-2)
+        bias = _bias(call.module, get_input(call))
+        set_output(call, graft(get_output(call), total if bias is None else total + bias, same))
+
+    return Tap("output", read, write)
+
+
+def _results(module: nn.Module, z: Float[Tensor, "batch pos head d_head"]) -> Tensor:
+    n, d = z.shape[-2:]
+    with align_module_device(module):
+        weight = _plain_weight(module)
+        if weight is not None:
+            return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (n, d)))
+    # A layer whose weight is not a plain matrix (quantised, LoRA): one head at a time through the layer itself.
+    alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
+    out = module.forward(alone)
+    bias = _bias(module, z.flatten(-2))
+    return out if bias is None else out - bias
+
+
+def _plain_weight(module: nn.Module) -> Tensor | None:
+    """W as [in, out] when the layer is exactly x @ W (+ b)."""
+    if type(module) is nn.Linear:
+        return module.weight.T
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return module.weight  # type: ignore[return-value]
+    return None
+
+
+def _bias(module: nn.Module, x: Tensor) -> Tensor | None:
+    if _plain_weight(module) is None:
+        return module.forward(torch.zeros_like(x[..., :1, :]))
+    with align_module_device(module):
+        bias: Any = getattr(module, "bias", None)
+        return None if bias is None else bias.clone() if bias.device.type == "meta" else bias
+
+
+Reader = Callable[[Call], Tensor]

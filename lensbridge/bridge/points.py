@@ -1,0 +1,258 @@
+"""From an Architecture to hook points: which places exist, what they are called, how they are reached.
+
+The one list of canonical points. Order is execution order.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..hooks import HookPoint, HookRegistry, Site, Tap
+from ..hooks.names import aliases_of
+from . import places
+from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection
+from .attention import AttentionSpan
+from .branch import BranchSpan
+
+_STREAM = "batch pos d_model"
+
+
+def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry:
+    """Make every canonical point of a model; attaches nothing.
+
+    Args:
+        model: The Hugging Face model.
+        architecture: Where its parts are.
+    Returns:
+        The registry; its ``absent`` says why a canonical name is missing.
+    """
+    builder = _Builder(model, architecture)
+    builder.build()
+    return HookRegistry(builder.points, builder.absent, builder.sites.values())
+
+
+class _Builder:
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.modules = dict(model.named_modules())
+        self.architecture = architecture
+        self.points: list[HookPoint] = []
+        self.absent: dict[str, str] = {}
+        self.sites: dict[str, Site] = {}
+
+    def site(self, path: str) -> Site:
+        if path not in self.sites:
+            self.sites[path] = Site(self.modules[path])
+        return self.sites[path]
+
+    def add(
+        self,
+        name: str,
+        path: str,
+        tap: Tap,
+        axes: str,
+        *extra_aliases: str,
+        is_default: bool = True,
+    ) -> HookPoint:
+        point = HookPoint(name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default)
+        self.site(path).add(tap, point)
+        self.points.append(point)
+        return point
+
+    def lacks(self, reason: str, *names: str) -> None:
+        for name in names:
+            self.absent[name] = reason
+            for alias in aliases_of(name):
+                self.absent[alias] = reason
+
+    # --- the model -------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        a = self.architecture
+        if a.embed is not None:
+            self.add("embed.hook_in", a.embed, places.whole_input(), "batch pos")
+            self.add("embed.hook_out", a.embed, places.whole_output(), _STREAM)
+        if a.pos_embed is not None:
+            self.add("pos_embed.hook_in", a.pos_embed, places.whole_input(), "batch pos")
+            self.add("pos_embed.hook_out", a.pos_embed, places.whole_output(), _STREAM)
+        else:
+            self.lacks(a.absent["pos_embed"], "pos_embed.hook_in", "pos_embed.hook_out")
+        if a.rotary is not None:
+            self.add("rotary_emb.hook_in", a.rotary, places.whole_input(), _STREAM)
+            self.add("rotary_emb.hook_cos", a.rotary, places.output_item(0), "batch pos d_rotary")
+            self.add("rotary_emb.hook_sin", a.rotary, places.output_item(1), "batch pos d_rotary")
+        else:
+            names = [f"rotary_emb.hook_{part}" for part in ("in", "cos", "sin")]
+            self.lacks(a.absent.get("rotary_emb", "computed inside each layer"), *names)
+        for index, block in enumerate(a.blocks):
+            self.block(f"blocks.{index}", block)
+        if a.ln_final is not None:
+            self.norm("ln_final", a.ln_final, _STREAM)
+        else:
+            names = [f"ln_final.hook_{part}" for part in ("in", "scale", "normalized", "out")]
+            self.lacks(a.absent["ln_final"], *names)
+        if a.unembed is not None:
+            self.add("unembed.hook_in", a.unembed, places.whole_input(), _STREAM)
+            self.add("unembed.hook_out", a.unembed, places.whole_output(), "batch pos d_vocab")
+        else:
+            self.lacks(a.absent["unembed"], "unembed.hook_in", "unembed.hook_out")
+
+    # --- a block ---------------------------------------------------------------------------------
+
+    def block(self, name: str, block: Block) -> None:
+        self.add(f"{name}.hook_in", block.path, places.whole_input(), _STREAM)
+        for part in ("ln1", "ln1_post", "ln2", "ln2_post"):
+            if getattr(block, part) is None:
+                reason = f"this model's blocks have no {part} (no norm in that place)"
+                self.lacks(
+                    reason, *(f"{name}.{part}.hook_{p}" for p in ("in", "scale", "normalized", "out"))
+                )
+        if block.ln1 is not None:
+            self.norm(f"{name}.ln1", block.ln1, _STREAM)
+        if block.attn is not None:
+            self.attention(name, block.attn, block)
+        if block.ln1_post is not None:
+            self.norm(f"{name}.ln1_post", block.ln1_post, _STREAM, f"{name}.hook_attn_out")
+        if block.attn is not None and block.mlp is not None:
+            self.resid_mid(name, block)
+        if block.ln2 is not None:
+            self.norm(f"{name}.ln2", block.ln2, _STREAM)
+        if block.mlp is not None:
+            self.mlp(name, block.mlp, block)
+        if block.ln2_post is not None:
+            self.norm(f"{name}.ln2_post", block.ln2_post, _STREAM, f"{name}.hook_mlp_out")
+        self.add(f"{name}.hook_out", block.path, places.whole_output(), _STREAM)
+
+    def resid_mid(self, name: str, block: Block) -> None:
+        mid = f"{name}.hook_resid_mid"
+        if block.is_parallel:
+            self.lacks(
+                "attention and MLP run in parallel here, both reading hook_resid_pre, so the stream has no "
+                "value between them",
+                mid,
+            )
+            return
+        reader = block.ln2.path if block.ln2 is not None else _entry(block.mlp)
+        if reader is None:
+            self.lacks("no module reads the stream between attention and MLP", mid)
+            return
+        point = HookPoint(mid, axes=_STREAM)
+        span = BranchSpan(point)
+        self.site(reader).add(span.tap(), point)
+        self.site(block.path).set_span(span)
+        self.points.append(point)
+
+    def norm(self, name: str, norm: Norm, axes: str, *out_aliases: str) -> None:
+        self.add(f"{name}.hook_in", norm.path, places.whole_input(), axes)
+        if norm.is_open:
+            one = axes.rsplit(" ", 1)[0] + " 1"
+            self.add(f"{name}.hook_scale", norm.path, places.norm_scale(norm), one)
+            self.add(f"{name}.hook_normalized", norm.path, places.norm_normalized(norm), axes)
+        else:
+            kind = type(self.modules[norm.path]).__name__
+            self.lacks(
+                f"{kind} is neither the LayerNorm nor the RMSNorm formula, so its inside has no names",
+                f"{name}.hook_scale",
+                f"{name}.hook_normalized",
+            )
+        self.add(f"{name}.hook_out", norm.path, places.whole_output(), axes, *out_aliases)
+
+    # --- attention -------------------------------------------------------------------------------
+
+    def attention(self, block_name: str, attn: Attention, block: Block) -> None:
+        name = f"{block_name}.attn"
+        self.add(f"{name}.hook_in", attn.path, places.whole_input(), _STREAM)
+        heads = {
+            "q": (attn.n_heads, attn.d_head),
+            "k": (attn.n_key_value_heads, attn.d_head),
+            "v": (attn.n_key_value_heads, attn.d_head_v),
+        }
+        axes = {"q": "batch pos head d_head", "k": "batch pos kv_head d_head", "v": "batch pos kv_head d_head"}
+        for part, projection in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
+            self.projection(f"{name}.{part}", projection, heads[part], axes[part])
+        for part, norm in (("q_norm", attn.q_norm), ("k_norm", attn.k_norm)):
+            if norm is not None:
+                self.norm(f"{name}.{part}", norm, axes[part[0]])
+            else:
+                parts = ("in", "scale", "normalized", "out")
+                self.lacks(
+                    f"attention has no {part} in this model", *(f"{name}.{part}.hook_{p}" for p in parts)
+                )
+        self.inside(name, attn)
+        if attn.o is not None:
+            z = (attn.n_heads, attn.d_head_v)
+            self.add(f"{name}.o.hook_in", attn.o, places.input_heads(*z), "batch pos head d_head")
+            self.add(
+                f"{name}.hook_result",
+                attn.o,
+                places.head_results(*z),
+                "batch pos head d_model",
+                is_default=False,
+            )
+            self.add(f"{name}.o.hook_out", attn.o, places.whole_output(), _STREAM)
+        alias = () if block.ln1_post is not None else (f"{block_name}.hook_attn_out",)
+        self.add(f"{name}.hook_out", attn.path, places.whole_output(), _STREAM, *alias)
+
+    def inside(self, name: str, attn: Attention) -> None:
+        square = "batch head query key"
+        scores = HookPoint(f"{name}.hook_attn_scores", axes=square)
+        pattern = HookPoint(f"{name}.hook_pattern", axes=square)
+        rotated: tuple[HookPoint | None, HookPoint | None] = (None, None)
+        if attn.is_rotary:
+            rotated = (
+                HookPoint(f"{name}.hook_rot_q", axes="batch pos head d_head"),
+                HookPoint(f"{name}.hook_rot_k", axes="batch pos kv_head d_head"),
+            )
+        else:
+            self.lacks(
+                "this model does not rotate q and k; use attn.hook_q and attn.hook_k",
+                f"{name}.hook_rot_q",
+                f"{name}.hook_rot_k",
+            )
+        span = AttentionSpan(
+            self.modules[attn.path], attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated
+        )
+        self.site(attn.path).set_span(span)
+        self.points.extend(span.points)
+
+    def projection(
+        self, name: str, projection: Projection | None, heads: tuple[int, int] | None, axes: str
+    ) -> None:
+        if projection is None:
+            self.lacks("no projection of that role was recognised", f"{name}.hook_in", f"{name}.hook_out")
+            return
+        self.add(f"{name}.hook_in", projection.path, places.projection_input(projection), _STREAM)
+        self.add(f"{name}.hook_out", projection.path, places.projection_output(projection, heads), axes)
+
+    # --- the MLP ---------------------------------------------------------------------------------
+
+    def mlp(self, block_name: str, mlp: Mlp, block: Block) -> None:
+        name = f"{block_name}.mlp"
+        entry = _entry(mlp)
+        if entry is not None:
+            self.add(f"{name}.hook_in", entry, places.whole_input(), _STREAM)
+        hidden = "batch pos d_mlp"
+        if mlp.gate is not None:
+            self.projection(f"{name}.gate", mlp.gate, None, hidden)
+        else:
+            self.lacks("the MLP is not gated", f"{name}.gate.hook_in", f"{name}.gate.hook_out")
+        if mlp.inp is not None:
+            alias = f"{name}.hook_pre_linear" if mlp.gate is not None else f"{name}.hook_pre"
+            path = mlp.inp.path
+            self.add(f"{name}.in.hook_in", path, places.projection_input(mlp.inp), _STREAM)
+            self.add(
+                f"{name}.in.hook_out", path, places.projection_output(mlp.inp, None), hidden, alias
+            )
+        if mlp.out is not None:
+            self.add(f"{name}.out.hook_in", mlp.out, places.whole_input(), hidden)
+            self.add(f"{name}.out.hook_out", mlp.out, places.whole_output(), _STREAM)
+        exit_path = mlp.path or mlp.out
+        if exit_path is not None:
+            alias_out = () if block.ln2_post is not None else (f"{block_name}.hook_mlp_out",)
+            self.add(f"{name}.hook_out", exit_path, places.whole_output(), _STREAM, *alias_out)
+
+
+def _entry(mlp: Mlp | None) -> str | None:
+    """The module whose input is the MLP's input."""
+    if mlp is None or mlp.path is not None:
+        return None if mlp is None else mlp.path
+    return None if mlp.inp is None else mlp.inp.path

@@ -1,0 +1,364 @@
+"""Running the model: forward, caching, hooks, stopping early, starting late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..hooks import (
+    HookFunction,
+    HookPoint,
+    HookRegistry,
+    InputError,
+    LayerRangeError,
+    LensError,
+    Listener,
+    Site,
+    Tap,
+)
+from ..hooks.point import attach, discard
+from ..hooks.registry import Selection
+from .cache import ActivationCache, SliceInput, pos_dim, take
+from .places import get_output
+
+ReturnType = Literal["logits", "loss", "both", "predictions"]
+RETURN_TYPES = ("logits", "loss", "both", "predictions", None)
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error: it carries the answer out of the model
+    def __init__(self, value: Tensor) -> None:
+        super().__init__("the run was stopped on purpose")
+        self.value = value
+
+
+class Stack:
+    """The model's layers as something a run can leave early or enter late.
+
+    Args:
+        model: The callable model (compiled or not).
+        inner: The model itself.
+        registry: Its points.
+        blocks: Paths of the layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, inner: nn.Module, registry: HookRegistry, blocks: Iterable[str]
+    ) -> None:
+        self.model = model
+        self.inner = inner
+        self.registry = registry
+        self.blocks = [inner.get_submodule(path) for path in blocks]
+        self._block_kind: tuple[type, int] | None = None
+
+    def layer(self, layer: int, what: str) -> int:
+        """A layer index, negative ones counted from the end; the number of layers means "behind the last"."""
+        count = len(self.blocks)
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise InputError(f"{what} must be an int, got {type(layer).__name__}: {layer!r}")
+        if not -count <= layer <= count:
+            raise LayerRangeError(
+                f"{what}={layer} is out of range: this model has {count} layers (use {-count} to {count})"
+            )
+        return layer + count if layer < 0 else layer
+
+    def call(self, kwargs: dict[str, Any]) -> Any:
+        """Run the whole model."""
+        try:
+            with self._stance():
+                out = self.model(**kwargs)
+        finally:
+            self.registry.settle()
+        self._note()
+        return out
+
+    def generate(self, kwargs: dict[str, Any]) -> Any:
+        """Run Hugging Face's ``generate``."""
+        try:
+            with self._stance():
+                out = self.inner.generate(**kwargs)  # type: ignore[operator]
+        finally:
+            self.registry.settle()
+        self._note()
+        return out
+
+    def call_until(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
+        """Run up to a layer; gives the residual stream entering it, [batch, pos, d_model]."""
+        kwargs = {"use_cache": False, **kwargs} if takes_use_cache(self.inner) else kwargs
+        last = layer == len(self.blocks)
+        name = f"blocks.{layer - 1}.hook_out" if last else f"blocks.{layer}.hook_in"
+        point = self.registry[name]
+
+        def stop(tensor: Tensor, hook: HookPoint) -> None:
+            raise _Stopped(tensor)
+
+        listener = Listener(stop, point, observes=True)
+        # Before block `layer` nothing of it is heard; behind the last block everything of it is.
+        attach([listener], prepend=not last)
+        try:
+            with self._stance():
+                self.model(**kwargs)
+        except _Stopped as stopped:
+            self._note(point)
+            return stopped.value
+        finally:
+            discard([listener])
+            self.registry.settle()
+        raise LensError(f"the model ran to its end without passing {name}")
+
+    @contextmanager
+    def entered_at(self, layer: int, residual: Tensor) -> Iterator[None]:
+        """Let the next runs skip the layers before `layer` and enter it with `residual`.
+
+        Skipped layers run no code and fire no points; masks, positions and everything else the model prepares
+        outside its layers are its own.
+        """
+        if layer == 0:
+            listener = Listener(lambda tensor, hook: residual, self.registry["blocks.0.hook_in"])
+            attach([listener], prepend=True)
+            try:
+                yield
+            finally:
+                discard([listener])
+            return
+        kind, length = self._learn_block_kind()
+
+        def skip(hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if kind is Tensor:
+                return residual
+            return kind([residual, *[None] * (length - 1)])
+
+        skipped = self.blocks[:layer]
+        own = [block.__dict__.get("forward") for block in skipped]
+        muted = [self._mute(index) for index in range(layer)]
+        try:
+            for block in skipped:
+                block.__dict__["forward"] = skip
+            yield
+        finally:
+            for block, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
+            for site in muted:
+                site.mute(frozenset())
+
+    def _mute(self, index: int) -> Site:
+        points = [self.registry[f"blocks.{index}.hook_{side}"] for side in ("in", "out")]
+        site = next(owner for owner in points[0].owners if isinstance(owner, Site))
+        site.mute(frozenset(points))
+        return site
+
+    def _learn_block_kind(self) -> tuple[type, int]:
+        """Whether layers return a tensor or a tuple, seen once on a single token."""
+        if self._block_kind is None:
+            seen: list[Any] = []
+            site, point = Site(self.blocks[0]), HookPoint("probe")
+
+            def read(call: Any) -> Tensor:
+                seen.append(call.output)
+                return get_output(call)
+
+            site.add(Tap("output", read, lambda call, value: None), point)
+            listener = point.add_hook(lambda tensor, hook: None, observes=True)
+            embed = self.inner.get_input_embeddings()  # type: ignore[operator]
+            ids = torch.zeros((1, 1), dtype=torch.long, device=embed.weight.device)
+            stop = {"use_cache": False} if takes_use_cache(self.inner) else {}
+            try:
+                with torch.no_grad(), self._stance():
+                    self.inner(input_ids=ids, **stop)
+            finally:
+                listener.remove()
+            out = seen[0]
+            self._block_kind = (Tensor, 1) if isinstance(out, Tensor) else (type(out), len(out))
+        return self._block_kind
+
+    def _note(self, stopped_at: HookPoint | None = None) -> None:
+        for scope in self.registry.scopes:
+            scope.note_run(stopped_at)
+
+    def _stance(self) -> Any:
+        # Compiled code does not see hooks that came after its first call, and says nothing about it.
+        compiled = self.model is not self.inner or any(
+            module._compiled_call_impl is not None for module in (self.inner, *self.blocks)
+        )
+        if compiled and any(point.fwd or point.bwd for point in self.registry.values()):
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
+
+def takes_use_cache(model: nn.Module) -> bool:
+    """Whether the model keeps keys and values between calls unless told not to."""
+    return bool(getattr(getattr(model, "config", None), "use_cache", False))
+
+
+# --- what comes back --------------------------------------------------------------------------------------
+
+
+def logits_of(out: Any, model: nn.Module) -> Float[Tensor, "batch pos d_vocab"]:
+    """The logits of a Hugging Face output.
+
+    Raises:
+        InputError: The model has no head.
+    """
+    if isinstance(out, tuple):
+        return next(item for item in out if isinstance(item, Tensor) and item.dim() > 0)
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        raise InputError(
+            f"{type(model).__name__} returns no logits ({', '.join(out.keys())}); "
+            "use return_type=None, run_with_cache, or load the model with its head"
+        )
+    return logits
+
+
+def lm_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Tensor | None = None,
+    *,
+    per_token: bool = False,
+) -> Tensor:
+    """Cross-entropy of each next token, in nats.
+
+    Args:
+        logits: The model's logits.
+        tokens: The ids it was run on.
+        mask: 1 at real tokens; a prediction counts only between two real ones.
+        per_token: One loss a position, [batch, pos - 1] (0 where masked), instead of the mean.
+    """
+    ahead = tokens[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ahead, reduction="none")
+    if mask is None:
+        return losses if per_token else losses.mean()
+    real = (mask[:, 1:] * mask[:, :-1]).to(losses)
+    losses = losses * real
+    return losses if per_token else losses.sum() / real.sum()
+
+
+# --- caching ----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stores what points show, as they show it.
+
+    Args:
+        registry: The points of the model.
+        points: Those to record.
+        device: Where to keep the tensors; None leaves them where they are.
+        pos_slice: Positions to keep.
+        copies: Whether values must be copied because somebody may edit them in place.
+    """
+
+    def __init__(
+        self,
+        registry: HookRegistry,
+        points: list[HookPoint],
+        *,
+        device: torch.device | str | None = None,
+        pos_slice: SliceInput = None,
+        copies: bool = False,
+    ) -> None:
+        self.registry = registry
+        self.points = points
+        self.device = device
+        self.pos_slice = pos_slice
+        self.copies = copies
+        self.values: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+
+    @property
+    def store(self) -> HookFunction:
+        """The hook function; the plainest one that does the job."""
+        plain = self.device is None and self.pos_slice is None and not self.copies
+        return self._store_plain if plain else self._store
+
+    def _store_plain(self, tensor: Tensor, hook: HookPoint) -> None:
+        value = tensor.detach()
+        self.values[hook.name] = value  # type: ignore[index]
+        if not value.is_inference():
+            self._versions[hook.name] = value._version  # type: ignore[index]
+
+    def _store(self, tensor: Tensor, hook: HookPoint) -> None:
+        value = tensor.detach()
+        if self.pos_slice is not None:
+            value = take(value, self.pos_slice, pos_dim(hook.axes))
+        moved = value if self.device is None else value.to(self.device)
+        shares = moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        self.values[str(hook.name)] = moved.clone() if shares else moved
+
+    def store_grad(self, grad: Tensor, hook: HookPoint) -> None:
+        """The hook function for gradients."""
+        value = grad if self.pos_slice is None else take(grad, self.pos_slice, pos_dim(hook.axes))
+        value = value.detach().clone()
+        self.values[f"{hook.name}_grad"] = value if self.device is None else value.to(self.device)
+
+    def check_unchanged(self) -> None:
+        """Refuse to hand out values the model overwrote after they were recorded."""
+        values = self.values
+        spoilt = [name for name, version in self._versions.items() if values[name]._version != version]
+        if spoilt:
+            raise LensError(
+                f"the model changed {spoilt[0]} in place after it was recorded; pass pos_slice or device to "
+                "have copies taken, and please report the architecture"
+            )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Leave the parameters out of the graph, so that a backward pass touches no ``.grad``."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def is_explicit(names_filter: Selection) -> bool:
+    """Whether a filter names its points one by one, so that each of them must fire."""
+    items = [names_filter] if isinstance(names_filter, str) else names_filter
+    return isinstance(items, (list, tuple, set)) and all(
+        isinstance(item, str) and not set("*?[") & set(item) for item in items
+    )
+
+
+def record_run(
+    registry: HookRegistry,
+    run: Callable[[], Any],
+    *,
+    names_filter: Selection = None,
+    device: torch.device | str | None = None,
+    pos_slice: SliceInput = None,
+    backward: Callable[[Any], Tensor] | None = None,
+) -> tuple[Any, ActivationCache]:
+    """Run with recording listeners attached.
+
+    Args:
+        registry: The model's points.
+        run: Runs the model.
+        names_filter: What to record.
+        device, pos_slice: As in `Recorder`.
+        backward: Picks the scalar to differentiate from what ``run`` returned; gradients are recorded too.
+    """
+    points = [] if isinstance(names_filter, (list, tuple)) and not names_filter else registry.select(names_filter)
+    edited = any(not listener.observes for point in registry.values() for listener in point.fwd)
+    recorder = Recorder(registry, points, device=device, pos_slice=pos_slice, copies=edited)
+    with registry.hooks() as scope:
+        scope.observe(points, recorder.store, must_fire=is_explicit(names_filter))
+        if backward is not None:
+            # Token ids and positions carry no gradient.
+            scope.observe([p for p in points if p.axes != "batch pos"], recorder.store_grad, "bwd")
+        out = run()
+        if backward is not None:
+            backward(out).backward()
+    recorder.check_unchanged()
+    return out, ActivationCache(recorder.values, registry)

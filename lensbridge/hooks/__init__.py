@@ -1,0 +1,42 @@
+"""Hook points, taps and their registry: knows torch, has never heard of transformers."""
+
+from .errors import (
+    AbsentPointError,
+    ArchitectureError,
+    GradientError,
+    HookNotFiredError,
+    HookValueError,
+    InputError,
+    LayerRangeError,
+    LensError,
+    PointError,
+    SelectionError,
+    UnknownPointError,
+)
+from .point import HookFunction, HookPoint, Listener
+from .registry import HookRegistry
+from .scope import HookScope
+from .tap import Call, Site, Span, Tap
+
+__all__ = [
+    "AbsentPointError",
+    "ArchitectureError",
+    "Call",
+    "GradientError",
+    "HookFunction",
+    "HookNotFiredError",
+    "HookPoint",
+    "HookRegistry",
+    "HookScope",
+    "HookValueError",
+    "InputError",
+    "LayerRangeError",
+    "LensError",
+    "Listener",
+    "PointError",
+    "SelectionError",
+    "Site",
+    "Span",
+    "Tap",
+    "UnknownPointError",
+]

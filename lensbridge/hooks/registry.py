@@ -1,0 +1,251 @@
+"""HookRegistry: an ordered mapping from names to points, with aliases, selection and suggestions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from fnmatch import translate
+from typing import Any, Literal, Union
+
+from torch import nn
+
+from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
+from .point import Direction, HookFunction, HookPoint, Listener
+from .scope import HookScope
+from .tap import Site
+
+Selection = Union[None, str, re.Pattern[str], Callable[[str], bool], Iterable[Any]]
+"""What selects points: None (all), a name, alias or glob, a regex, a predicate on names, or a list of these."""
+
+_GLOB = frozenset("*?[")
+
+
+class HookRegistry(Mapping[str, HookPoint]):
+    """Every point of a model by name, in execution order.
+
+    Args:
+        points: The points, each with its canonical name and aliases set.
+        absent: Canonical names this model lacks, with the reason. Names may be templates with ``{i}``.
+        sites: The sites that serve the points.
+    """
+
+    def __init__(
+        self,
+        points: Iterable[HookPoint] = (),
+        absent: Mapping[str, str] | None = None,
+        sites: Iterable[Site] = (),
+    ) -> None:
+        self._points: dict[str, HookPoint] = {}
+        self.aliases: dict[str, str] = {}
+        self._order: dict[str, int] = {}
+        self.absent: dict[str, str] = dict(absent or {})
+        self.sites: tuple[Site, ...] = tuple(sites)
+        self.depth = 0
+        self.scopes: list[HookScope] = []
+        for point in points:
+            self.add(point)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> HookRegistry:
+        """Collect the HookPoints inside a module, naming each after its path."""
+        registry = cls()
+        for path, child in module.named_modules():
+            if isinstance(child, HookPoint):
+                child.__dict__["name"] = path
+                registry.add(child)
+        return registry
+
+    def add(self, point: HookPoint) -> HookPoint:
+        """Register a point under its name and aliases.
+
+        Raises:
+            PointError: The name or an alias is taken, or the point has no name.
+        """
+        names = [point.name, *point.aliases]
+        taken = [name for name in names if name is None or name in self._points or name in self.aliases]
+        if taken:
+            raise PointError(f"cannot register {point!r}: {taken[0]!r} is no free name")
+        self._points[str(point.name)] = point
+        for alias in point.aliases:
+            self.aliases[alias] = str(point.name)
+        return point
+
+    # --- mapping ---------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> HookPoint:
+        point = self._points.get(name)
+        if point is not None:
+            return point
+        canonical = self.aliases.get(name) if isinstance(name, str) else None
+        if canonical is not None:
+            return self._points[canonical]
+        raise self.missing(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._points or name in self.aliases)
+
+    def __repr__(self) -> str:
+        return f"HookRegistry({len(self._points)} points, {len(self.aliases)} aliases)"
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Points by canonical name and by alias."""
+        return {**self._points, **{alias: self._points[name] for alias, name in self.aliases.items()}}
+
+    def order(self, point: HookPoint) -> int:
+        """Where a point comes in a run; names are held in execution order."""
+        if len(self._order) != len(self._points):
+            self._order = {name: index for index, name in enumerate(self._points)}
+        return self._order[str(point.name)]
+
+    def canonical(self, name: str) -> str:
+        """The canonical name behind a name or alias.
+
+        Raises:
+            UnknownPointError: Nothing is called that; the nearest names are listed.
+            AbsentPointError: This model has no such place; says why.
+        """
+        return str(self[name].name)
+
+    # --- errors ----------------------------------------------------------------------------------
+
+    def why(self, name: str) -> str | None:
+        """Why this model has no point of that name; None when it has one or no model would."""
+        if name in self:
+            return None
+        template = re.sub(r"(?<=blocks\.)\d+", "{i}", name)
+        layer = re.search(r"blocks\.(\d+)\.", name)
+        if name in self.absent:
+            return self.absent[name]
+        # "blocks.99.hook_out" must not be explained by the reason that holds for existing layers.
+        if layer and not any(known.startswith(layer.group(0)) for known in self._points):
+            return None
+        return self.absent.get(template)
+
+    def nearest(self, name: str, most: int = 4) -> list[str]:
+        """Names and aliases closest to a misspelt one."""
+        known = [*self._points, *self.aliases]
+        # Same layer first: the digits of a name are rarely the misspelt part.
+        layer = re.search(r"blocks\.(\d+)\.", name)
+        peers = [k for k in known if layer and layer.group(0) in k] or known
+        found = get_close_matches(name, peers, n=most, cutoff=0.55)
+        return found or get_close_matches(name, known, n=most, cutoff=0.3)
+
+    def missing(self, name: object) -> PointError:
+        """The exception for a name that leads nowhere."""
+        if not isinstance(name, str):
+            return UnknownPointError(f"a point name is a string, got {type(name).__name__}: {name!r}")
+        reason = self.why(name)
+        if reason is not None:
+            return AbsentPointError(f"this model has no point {name!r}: {reason}")
+        nearest = self.nearest(name)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        layers = sorted({int(m.group(1)) for k in self._points if (m := re.match(r"blocks\.(\d+)\.", k))})
+        asked = re.match(r"blocks\.(\d+)\.", name)
+        if asked and layers and int(asked.group(1)) not in layers:
+            hint = f"; the layers are {layers[0]} to {layers[-1]}" + hint
+        return UnknownPointError(f"no hook point is called {name!r}{hint}")
+
+    # --- selection -------------------------------------------------------------------------------
+
+    def select(self, selection: Selection = None) -> list[HookPoint]:
+        """The points a filter means, each once, in registry order.
+
+        Args:
+            selection: None for every default point; a name or alias; a glob (``"blocks.*.hook_out"``); a
+                compiled regex; a predicate on names (aliases are tried too); or a list of these.
+        Raises:
+            UnknownPointError, AbsentPointError: A name, glob, regex or predicate that selects nothing.
+            SelectionError: Not a filter at all.
+        """
+        if selection is None:
+            return [point for point in self._points.values() if point.is_default]
+        if isinstance(selection, str) and not _GLOB.intersection(selection):
+            return [self[selection]]
+        if isinstance(selection, (list, tuple, set, frozenset)):
+            chosen = {id(point) for item in selection for point in self._select_item(item)}
+            return [point for point in self._points.values() if id(point) in chosen]
+        return self._select_item(selection)
+
+    def _select_item(self, item: Any) -> list[HookPoint]:
+        if isinstance(item, str):
+            if not _GLOB.intersection(item):
+                return [self[item]]
+            matches: Callable[[str], Any] = re.compile(translate(item)).match
+        elif isinstance(item, re.Pattern):
+            matches = item.search
+        elif callable(item):
+            matches = item
+        else:
+            raise SelectionError(
+                f"cannot select hook points with {type(item).__name__} {item!r}; give None, a name, a glob, "
+                "a regex, a predicate on names, or a list of these"
+            )
+        chosen = [
+            point
+            for name, point in self._points.items()
+            if matches(name) or any(matches(alias) for alias in point.aliases)
+        ]
+        if not chosen:
+            what = repr(item) if isinstance(item, (str, re.Pattern)) else f"the predicate {item!r}"
+            hint = self.nearest(item) if isinstance(item, str) else list(self._points)[:3]
+            raise UnknownPointError(
+                f"{what} selects none of the {len(self)} points; for example there are: {', '.join(hint)}"
+            )
+        return chosen
+
+    # --- listening -------------------------------------------------------------------------------
+
+    def add_hook(
+        self,
+        selection: Selection,
+        fn: HookFunction,
+        dir: Direction = "fwd",
+        *,
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> list[Listener]:
+        """Add ``fn`` to every selected point, until removed or reset."""
+        depth = self.depth if level is None else level
+        return [
+            point.add_hook(fn, dir, is_permanent=is_permanent, level=depth, prepend=prepend)
+            for point in self.select(selection)
+        ]
+
+    def hooks(
+        self,
+        fwd_hooks: Iterable[tuple[Selection, HookFunction]] = (),
+        bwd_hooks: Iterable[tuple[Selection, HookFunction]] = (),
+        *,
+        clear_contexts: bool = False,
+    ) -> HookScope:
+        """A scope: ``with registry.hooks(fwd_hooks=[("blocks.0.hook_out", fn)]): ...``."""
+        return HookScope(self, fwd_hooks, bwd_hooks, clear_contexts=clear_contexts)
+
+    def reset(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove listeners everywhere."""
+        for point in self._points.values():
+            if point.fwd or point.bwd:
+                point.remove_hooks(direction, including_permanent, level)
+            if clear_contexts and point.ctx:
+                point.clear_context()
+
+    def settle(self) -> None:
+        """Close whatever an interrupted run left open."""
+        for site in self.sites:
+            if site.span is not None and site.span.is_open:
+                site.span.close()

@@ -1,0 +1,1 @@
+"""Methods: consumers of the hook registry through the bridge's public face."""
