@@ -13,19 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..hooks import HookPoint
+from ..hooks import HookPoint, Span
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_WATCHED = _SOFTMAX | _PRODUCT | {F.scaled_dot_product_attention}
 
 
-class AttentionSpan(TorchFunctionMode):
+class AttentionSpan(Span):
     """Opens one attention module while somebody listens inside it.
 
     Args:
-        module: The attention module.
         n_heads: Query heads.
         n_key_value_heads: Key and value heads.
         scores, pattern: Their points.
@@ -34,7 +33,6 @@ class AttentionSpan(TorchFunctionMode):
 
     def __init__(
         self,
-        module: nn.Module,
         n_heads: int,
         n_key_value_heads: int,
         scores: HookPoint,
@@ -42,33 +40,20 @@ class AttentionSpan(TorchFunctionMode):
         rot_q: HookPoint | None = None,
         rot_k: HookPoint | None = None,
     ) -> None:
-        super().__init__()
-        self.module = module
+        super().__init__(tuple(p for p in (rot_q, rot_k, scores, pattern) if p is not None))
         self.n_heads = n_heads
         self.n_key_value_heads = n_key_value_heads
         self.scores = scores
         self.pattern = pattern
         self.rot_q = rot_q
         self.rot_k = rot_k
-        self.points = tuple(p for p in (rot_q, rot_k, scores, pattern) if p is not None)
-        self.is_open = False
         self._live: Tensor | None = None
         self._product_seen = False
 
-    def open(self) -> None:
-        """Start watching torch functions on this thread."""
-        if self.is_open:
-            self.close()
+    def before(self) -> None:
+        """A new call of the attention module."""
         self._live, self._product_seen = None, False
-        self.is_open = True
-        self.__enter__()
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self.is_open:
-            self.is_open = False
-            self._live = None
-            self.__exit__(None, None, None)
+        self.open()
 
     def __torch_function__(
         self,
@@ -77,19 +62,16 @@ class AttentionSpan(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            return self._fused(*args, **kwargs)
-        if func in _PRODUCT and len(args) >= 2:
-            return self._product(func, args, kwargs)
-        if func in _SOFTMAX and self._live is None:
-            x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.n_heads:
-                edited = self._fire_square(self.scores, x)
-                self._live = func(edited, *args[1:], **kwargs) if args else func(**{**kwargs, "input": edited})
-                return self._live
+        kwargs = kwargs or {}
+        if func in _WATCHED:
+            if func is F.scaled_dot_product_attention:
+                return self._fused(*args, **kwargs)
+            if func in _PRODUCT:
+                return self._product(func, args, kwargs)
+            return self._softmax(func, args, kwargs)
         out = func(*args, **kwargs)
-        if self._live is not None and isinstance(out, Tensor) and any(a is self._live for a in args):
+        live = self._live
+        if live is not None and isinstance(out, Tensor) and any(a is live for a in args):
             self._live = out  # dropout, a cast, a sink column sliced off: still the pattern
         return out
 
@@ -135,7 +117,20 @@ class AttentionSpan(TorchFunctionMode):
 
     # --- attention written out ---------------------------------------------------------------------
 
-    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _softmax(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        x = args[0] if args else None
+        if self._live is not None or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.n_heads:
+            return func(*args, **kwargs)  # some other softmax: a router's, say
+        self._live = func(self._fire_square(self.scores, x), *args[1:], **kwargs)
+        return self._live
+
+    def _product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if len(args) < 2:
+            return func(*args, **kwargs)
         left, right, *rest = args
         if self._live is not None and left is self._live:
             left = self._fire_square(self.pattern, left)

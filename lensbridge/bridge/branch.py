@@ -11,31 +11,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ..hooks import Call, HookPoint, Tap
+from ..hooks import Call, HookPoint, Span, Tap
 from .places import get_input, set_input
 
 
-class BranchSpan(TorchFunctionMode):
+class BranchSpan(Span):
     """From an edit of `point` to the end of its block, puts the edited tensor wherever the original is used."""
 
     def __init__(self, point: HookPoint) -> None:
-        super().__init__()
-        self.points = (point,)
-        self.is_open = False
+        super().__init__((point,))
         self._old: Tensor | None = None
         self._new: Tensor | None = None
 
-    def open(self) -> None:
-        """Nothing to do when the block starts: an edit opens the span."""
+    def before(self) -> None:
+        """Nothing to watch when the block starts: an edit opens the span."""
 
     def close(self) -> None:
         """The block is over (or failed): stop substituting."""
-        if self.is_open:
-            self.is_open = False
-            self._old = self._new = None
-            self.__exit__(None, None, None)
+        self._old = self._new = None
+        super().close()
 
     def tap(self) -> Tap:
         """The stream where the second branch leaves it; a write reaches branch and stream alike."""
@@ -45,11 +40,9 @@ class BranchSpan(TorchFunctionMode):
             return get_input(call).view_as(get_input(call))
 
         def write(call: Call, value: Tensor) -> None:
-            self.close()
+            self.open()
             self._old, self._new = get_input(call), value
             set_input(call, value)
-            self.is_open = True
-            self.__enter__()
 
         return Tap("input", read, write)
 

@@ -21,6 +21,7 @@ from .infer import infer
 from .inputs import Inputs, prepare
 from .points import build_registry
 from .run import (
+    INSIDE_ATTENTION,
     RETURN_TYPES,
     Stack,
     frozen,
@@ -29,6 +30,7 @@ from .run import (
     record_run,
 )
 from .tokens import PaddingSide, Text, Tokens
+from .verify import Verification, verify
 from .view import BlocksView, PartView, outline
 
 _Hooks = Iterable[tuple[Any, HookFunction]]
@@ -72,6 +74,8 @@ class TransformerBridge:
         self._stack = Stack(
             model, self._inner, self.registry, [block.path for block in self.architecture.blocks]
         )
+        embed = self.architecture.embed
+        self._entry = self._inner if embed is None else self._inner.get_submodule(embed)
         self.tokenizer = tokenizer
 
     # --- getting one -----------------------------------------------------------------------------
@@ -225,9 +229,9 @@ class TransformerBridge:
     @property
     def device(self) -> torch.device | None:
         """Where the model takes its input; None when accelerate moves inputs itself."""
-        embed = self.architecture.embed
-        home = self._inner if embed is None else self._inner.get_submodule(embed)
-        first = next(home.parameters(), None)
+        first = self._entry._parameters.get("weight")
+        if first is None:
+            first = next(self._entry.parameters(), None)
         return None if first is None or first.device.type == "meta" else first.device
 
     @property
@@ -257,6 +261,45 @@ class TransformerBridge:
     def why(self, name: str) -> str | None:
         """Why this model lacks a canonical point; None when it has it."""
         return self.registry.why(name)
+
+    def verify(self, tokens: Int[Tensor, "batch pos"] | None = None) -> Verification:
+        """Check on one run that every name means what it says; ``print(bridge.verify())``.
+
+        Args:
+            tokens: Ids to run on; a few fixed ones unless given.
+        Returns:
+            Every identity with its error.
+        """
+        if tokens is None:
+            width = min(8, self.cfg.n_ctx or 8)
+            tokens = torch.arange(2 * width).reshape(2, width) % (self.cfg.d_vocab or 2)
+        results = [f"blocks.{i}.attn.hook_result" for i in range(self.cfg.n_layers)]
+        default = [point for point in self.hook_points() if point.is_default]
+        outside = [str(point.name) for point in default if not str(point.name).endswith(INSIDE_ATTENTION)]
+        every = [str(point.name) for point in default] + [name for name in results if name in self.registry]
+        with torch.no_grad():
+            bare = self.forward(tokens)
+            opened = self.run_with_cache(tokens, names_filter=every)
+            closed = self.run_with_cache(tokens, names_filter=outside)
+        tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
+        return verify(self._inner, self.architecture, self.registry, bare, opened, closed, tolerance)
+
+    def set_use_attn_result(self, use: bool = True) -> None:
+        """Whether "every point" includes what each head adds to the stream (``attn.hook_result``)."""
+        self._include(use, "blocks.*.attn.hook_result")
+
+    def set_use_split_qkv_input(self, use: bool = True) -> None:
+        """Whether "every point" includes each head's own copy of its input (``hook_q_input``, ...)."""
+        self._include(use, "blocks.*.attn.hook_[qkv]_input")
+
+    def set_use_attn_in(self, use: bool = True) -> None:
+        """Whether "every point" includes ``attn.hook_attn_in``."""
+        self._include(use, "blocks.*.attn.hook_attn_in")
+
+    def _include(self, use: bool, names: str) -> None:
+        for point in self.registry.select(names):
+            point.__dict__["is_default"] = use
+        self.registry.forget_selections()
 
     @cached_property
     def blocks(self) -> BlocksView:

@@ -49,6 +49,10 @@ def prepare(
     Raises:
         InputError: Nothing usable was given, or a keyword the model does not know.
     """
+    if type(value) is Tensor and value.dtype is torch.long and value.dim() == 2 and not given:
+        # The usual case, kept short: plain ids that are already where the model is.
+        if attention_mask is None and value.device == device and device.type == "cpu" and value.numel():
+            return Inputs({"input_ids": value}, value, None)
     check_keywords(model, given)
     if isinstance(value, str) or _is_list_of_text(value):
         if attention_mask is not None:

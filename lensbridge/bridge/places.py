@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +11,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..hooks import ArchitectureError, Call, Tap
+from ..hooks import Action, ArchitectureError, Call, Tap
 from . import norm as norms
 from .architecture import Norm, Projection, Split
 from .graft import graft
@@ -92,11 +91,16 @@ def output_item(index: int) -> Tap:
 # --- heads and shares -----------------------------------------------------------------------------------
 
 
+def as_heads(x: Tensor, n: int, d: int) -> Tensor:
+    """[..., n * d] as [..., n, d], a view."""
+    return x.view(*x.shape[:-1], n, d)
+
+
 def input_heads(n: int, d: int) -> Tap:
     """A module's input seen as heads."""
     return Tap(
         "input",
-        lambda call: get_input(call).unflatten(-1, (n, d)),
+        lambda call: as_heads(get_input(call), n, d),
         lambda call, value: set_input(call, value.flatten(-2)),
     )
 
@@ -129,7 +133,7 @@ def projection_output(projection: Projection, heads: tuple[int, int] | None) -> 
                 start = sum(split.sizes[:index])  # one head a run: no copy needed
                 return x.unflatten(-1, (split.groups, -1)).narrow(-1, start, split.sizes[index])
             x = take_share(x, split, index)
-        return x if heads is None else x.unflatten(-1, heads)
+        return x if heads is None else as_heads(x, *heads)
 
     def write(call: Call, value: Tensor) -> None:
         if heads is not None:
@@ -139,19 +143,21 @@ def projection_output(projection: Projection, heads: tuple[int, int] | None) -> 
     return Tap("output", read, write)
 
 
-def projection_input(projection: Projection) -> Tap:
-    """What a projection reads. Changing it for one share of a joint projection leaves the others alone."""
-    split, index = projection.split, projection.index
-    if split is None:
-        return whole_input()
+def shared_input(projection: Projection, split: Split) -> tuple[Tap, Action]:
+    """What one share of a joint projection reads. A change touches this share and leaves the others alone."""
+    changed: list[Tensor] = []
 
-    def late(call: Call, value: Tensor) -> None:
-        # Run the joint projection again on the changed input and take this share of the result.
-        again = call.module.forward(value)
-        share = take_share(again, split, index)
-        set_output(call, put_share(get_output(call), split, index, share))
+    def read(call: Call) -> Tensor:
+        changed.clear()  # of a call that was interrupted
+        return get_input(call)
 
-    return Tap("input", get_input, set_input, late=late)
+    def apply(call: Call) -> None:
+        if changed:
+            # Run the joint projection again on the changed input and take this share of the result.
+            share = take_share(call.module.forward(changed.pop()), split, projection.index)
+            set_output(call, put_share(get_output(call), split, projection.index, share))
+
+    return Tap("input", read, lambda call, value: changed.append(value)), Action(apply)
 
 
 # --- inside a norm --------------------------------------------------------------------------------------
@@ -166,7 +172,11 @@ def norm_scale(norm: Norm) -> Tap:
         set_output(call, norms.output_from(norm, call.module, x, normalized, get_output(call)))
         call.scratch["scale"] = value
 
-    return Tap("output", lambda call: norms.scale(norm, get_input(call)), write)
+    def read(call: Call) -> Tensor:
+        by = call.scratch["scale"] = norms.scale(norm, get_input(call))
+        return by
+
+    return Tap("output", read, write)
 
 
 def norm_normalized(norm: Norm) -> Tap:
@@ -191,13 +201,13 @@ def head_results(n: int, d: int) -> Tap:
     """What each head writes into the residual stream, [batch, pos, head, d_model], read at W_O."""
 
     def read(call: Call) -> Tensor:
-        return _results(call.module, get_input(call).unflatten(-1, (n, d)))
+        return _results(call.module, as_heads(get_input(call), n, d))
 
     def write(call: Call, value: Tensor) -> None:
         with torch.no_grad():
             same = (value == read(call)).flatten(-2).all(-1, keepdim=True)
         total = value.sum(-2)
-        bias = _bias(call.module, get_input(call))
+        bias = bias_of(call.module, get_input(call))
         set_output(call, graft(get_output(call), total if bias is None else total + bias, same))
 
     return Tap("output", read, write)
@@ -212,7 +222,7 @@ def _results(module: nn.Module, z: Float[Tensor, "batch pos head d_head"]) -> Te
     # A layer whose weight is not a plain matrix (quantised, LoRA): one head at a time through the layer itself.
     alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
     out = module.forward(alone)
-    bias = _bias(module, z.flatten(-2))
+    bias = bias_of(module, z.flatten(-2))
     return out if bias is None else out - bias
 
 
@@ -225,12 +235,10 @@ def _plain_weight(module: nn.Module) -> Tensor | None:
     return None
 
 
-def _bias(module: nn.Module, x: Tensor) -> Tensor | None:
+def bias_of(module: nn.Module, x: Tensor) -> Tensor | None:
     if _plain_weight(module) is None:
         return module.forward(torch.zeros_like(x[..., :1, :]))
     with align_module_device(module):
         bias: Any = getattr(module, "bias", None)
         return None if bias is None else bias.clone() if bias.device.type == "meta" else bias
 
-
-Reader = Callable[[Call], Tensor]

@@ -5,6 +5,8 @@ The one list of canonical points. Order is execution order.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..hooks import HookPoint, HookRegistry, Site, Tap
@@ -13,6 +15,7 @@ from . import places
 from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection
 from .attention import AttentionSpan
 from .branch import BranchSpan
+from .head_inputs import HeadInputs
 
 _STREAM = "batch pos d_model"
 
@@ -28,7 +31,7 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     """
     builder = _Builder(model, architecture)
     builder.build()
-    return HookRegistry(builder.points, builder.absent, builder.sites.values())
+    return HookRegistry(builder.points, builder.absent, builder.open_spans)
 
 
 class _Builder:
@@ -38,10 +41,11 @@ class _Builder:
         self.points: list[HookPoint] = []
         self.absent: dict[str, str] = {}
         self.sites: dict[str, Site] = {}
+        self.open_spans: set[Any] = set()
 
     def site(self, path: str) -> Site:
         if path not in self.sites:
-            self.sites[path] = Site(self.modules[path])
+            self.sites[path] = Site(self.modules[path], self.open_spans)
         return self.sites[path]
 
     def add(
@@ -109,6 +113,7 @@ class _Builder:
         if block.ln1 is not None:
             self.norm(f"{name}.ln1", block.ln1, _STREAM)
         if block.attn is not None:
+            self.head_inputs(name, block.attn, block)
             self.attention(name, block.attn, block)
         if block.ln1_post is not None:
             self.norm(f"{name}.ln1_post", block.ln1_post, _STREAM, f"{name}.hook_attn_out")
@@ -192,6 +197,49 @@ class _Builder:
         alias = () if block.ln1_post is not None else (f"{block_name}.hook_attn_out",)
         self.add(f"{name}.hook_out", attn.path, places.whole_output(), _STREAM, *alias)
 
+    def head_inputs(self, block_name: str, attn: Attention, block: Block) -> None:
+        """What each head reads of the stream: one copy a head, before the norm."""
+        names = {part: f"{block_name}.attn.hook_{part}_input" for part in ("q", "k", "v")}
+        all_name = f"{block_name}.attn.hook_attn_in"
+        shares = {"q": attn.q, "k": attn.k, "v": attn.v}
+        if block.ln1 is None or any(share is None for share in shares.values()):
+            self.lacks("needs a norm before attention and known q, k, v", all_name, *names.values())
+            return
+        inputs = HeadInputs(self.modules[block.ln1.path])
+        site = self.site(block.ln1.path)
+        widths = {
+            "q": (attn.n_heads, attn.d_head),
+            "k": (attn.n_key_value_heads, attn.d_head),
+            "v": (attn.n_key_value_heads, attn.d_head_v),
+        }
+        actions = {part: inputs.action(part, shares[part], widths[part]) for part in names}  # type: ignore[arg-type]
+        if attn.n_heads == attn.n_key_value_heads:
+            every = HookPoint(
+                all_name,
+                (f"{block_name}.hook_attn_in",),
+                axes="batch pos head d_model",
+                is_default=False,
+            )
+            site.add(inputs.tap(None, attn.n_heads), every)
+            for part in names:
+                self.site(shares[part].path).add(actions[part], every)  # type: ignore[union-attr]
+            self.points.append(every)
+        else:
+            self.lacks(
+                "keys and values are grouped, so heads do not share one input; use hook_q_input, "
+                "hook_k_input and hook_v_input",
+                all_name,
+                f"{block_name}.hook_attn_in",
+            )
+        for part, name in names.items():
+            axes = "batch pos head d_model" if part == "q" else "batch pos kv_head d_model"
+            point = HookPoint(
+                name, (f"{block_name}.hook_{part}_input",), axes=axes, is_default=False
+            )
+            site.add(inputs.tap(part, widths[part][0]), point)
+            self.site(shares[part].path).add(actions[part], point)  # type: ignore[union-attr]
+            self.points.append(point)
+
     def inside(self, name: str, attn: Attention) -> None:
         square = "batch head query key"
         scores = HookPoint(f"{name}.hook_attn_scores", axes=square)
@@ -208,9 +256,7 @@ class _Builder:
                 f"{name}.hook_rot_q",
                 f"{name}.hook_rot_k",
             )
-        span = AttentionSpan(
-            self.modules[attn.path], attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated
-        )
+        span = AttentionSpan(attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated)
         self.site(attn.path).set_span(span)
         self.points.extend(span.points)
 
@@ -220,8 +266,16 @@ class _Builder:
         if projection is None:
             self.lacks("no projection of that role was recognised", f"{name}.hook_in", f"{name}.hook_out")
             return
-        self.add(f"{name}.hook_in", projection.path, places.projection_input(projection), _STREAM)
+        self.projection_input(f"{name}.hook_in", projection)
         self.add(f"{name}.hook_out", projection.path, places.projection_output(projection, heads), axes)
+
+    def projection_input(self, name: str, projection: Projection) -> None:
+        if projection.split is None:
+            self.add(name, projection.path, places.whole_input(), _STREAM)
+            return
+        tap, action = places.shared_input(projection, projection.split)
+        point = self.add(name, projection.path, tap, _STREAM)
+        self.site(projection.path).add(action, point)
 
     # --- the MLP ---------------------------------------------------------------------------------
 
@@ -238,7 +292,7 @@ class _Builder:
         if mlp.inp is not None:
             alias = f"{name}.hook_pre_linear" if mlp.gate is not None else f"{name}.hook_pre"
             path = mlp.inp.path
-            self.add(f"{name}.in.hook_in", path, places.projection_input(mlp.inp), _STREAM)
+            self.projection_input(f"{name}.in.hook_in", mlp.inp)
             self.add(
                 f"{name}.in.hook_out", path, places.projection_output(mlp.inp, None), hidden, alias
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,10 +25,15 @@ from ..hooks import (
 from ..hooks.point import attach, discard
 from ..hooks.registry import Selection
 from .cache import ActivationCache, SliceInput, pos_dim, take
+from .implementation import is_openable, openable
 from .places import get_output
 
 ReturnType = Literal["logits", "loss", "both", "predictions"]
 RETURN_TYPES = ("logits", "loss", "both", "predictions", None)
+
+
+_NOTHING = nullcontext()
+INSIDE_ATTENTION = (".hook_attn_scores", ".hook_pattern", ".hook_rot_q", ".hook_rot_k")
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error: it carries the answer out of the model
@@ -70,7 +75,7 @@ class Stack:
     def call(self, kwargs: dict[str, Any]) -> Any:
         """Run the whole model."""
         try:
-            with self._stance():
+            with self._conditions():
                 out = self.model(**kwargs)
         finally:
             self.registry.settle()
@@ -80,7 +85,7 @@ class Stack:
     def generate(self, kwargs: dict[str, Any]) -> Any:
         """Run Hugging Face's ``generate``."""
         try:
-            with self._stance():
+            with self._conditions():
                 out = self.inner.generate(**kwargs)  # type: ignore[operator]
         finally:
             self.registry.settle()
@@ -101,7 +106,7 @@ class Stack:
         # Before block `layer` nothing of it is heard; behind the last block everything of it is.
         attach([listener], prepend=not last)
         try:
-            with self._stance():
+            with self._conditions():
                 self.model(**kwargs)
         except _Stopped as stopped:
             self._note(point)
@@ -171,7 +176,7 @@ class Stack:
             ids = torch.zeros((1, 1), dtype=torch.long, device=embed.weight.device)
             stop = {"use_cache": False} if takes_use_cache(self.inner) else {}
             try:
-                with torch.no_grad(), self._stance():
+                with torch.no_grad(), self._conditions():
                     self.inner(input_ids=ids, **stop)
             finally:
                 listener.remove()
@@ -183,14 +188,24 @@ class Stack:
         for scope in self.registry.scopes:
             scope.note_run(stopped_at)
 
-    def _stance(self) -> Any:
+    def _conditions(self) -> Any:
+        """What must hold around a run so that every listened-to point can fire."""
+        live = self.registry.live
+        if not live:
+            return _NOTHING
         # Compiled code does not see hooks that came after its first call, and says nothing about it.
         compiled = self.model is not self.inner or any(
-            module._compiled_call_impl is not None for module in (self.inner, *self.blocks)
+            [module._compiled_call_impl is not None for module in (self.inner, *self.blocks)]
         )
-        if compiled and any(point.fwd or point.bwd for point in self.registry.values()):
-            return torch.compiler.set_stance("force_eager")
-        return nullcontext()
+        closed = not is_openable(self.inner) and any(str(p.name).endswith(INSIDE_ATTENTION) for p in live)
+        if not (compiled or closed):
+            return _NOTHING
+        conditions = ExitStack()
+        if compiled:
+            conditions.enter_context(torch.compiler.set_stance("force_eager"))
+        if closed:
+            conditions.enter_context(openable(self.inner))
+        return conditions
 
 
 def takes_use_cache(model: nn.Module) -> bool:
@@ -271,19 +286,23 @@ class Recorder:
         self.pos_slice = pos_slice
         self.copies = copies
         self.values: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: list[tuple[str, Tensor, int]] = []
 
     @property
     def store(self) -> HookFunction:
         """The hook function; the plainest one that does the job."""
-        plain = self.device is None and self.pos_slice is None and not self.copies
-        return self._store_plain if plain else self._store
+        if self.device is not None or self.pos_slice is not None or self.copies:
+            return self._store
+        # Inference tensors have no version to watch.
+        return self._store_untracked if torch.is_inference_mode_enabled() else self._store_plain
+
+    def _store_untracked(self, tensor: Tensor, hook: HookPoint) -> None:
+        self.values[hook.name] = tensor  # type: ignore[index]
 
     def _store_plain(self, tensor: Tensor, hook: HookPoint) -> None:
-        value = tensor.detach()
-        self.values[hook.name] = value  # type: ignore[index]
-        if not value.is_inference():
-            self._versions[hook.name] = value._version  # type: ignore[index]
+        name: str = hook.name  # type: ignore[assignment]
+        value = self.values[name] = tensor.detach() if tensor.requires_grad else tensor
+        self._versions.append((name, value, value._version))
 
     def _store(self, tensor: Tensor, hook: HookPoint) -> None:
         value = tensor.detach()
@@ -301,8 +320,7 @@ class Recorder:
 
     def check_unchanged(self) -> None:
         """Refuse to hand out values the model overwrote after they were recorded."""
-        values = self.values
-        spoilt = [name for name, version in self._versions.items() if values[name]._version != version]
+        spoilt = [name for name, value, version in self._versions if value._version != version]
         if spoilt:
             raise LensError(
                 f"the model changed {spoilt[0]} in place after it was recorded; pass pos_slice or device to "
@@ -350,7 +368,7 @@ def record_run(
         backward: Picks the scalar to differentiate from what ``run`` returned; gradients are recorded too.
     """
     points = [] if isinstance(names_filter, (list, tuple)) and not names_filter else registry.select(names_filter)
-    edited = any(not listener.observes for point in registry.values() for listener in point.fwd)
+    edited = any(not listener.observes for point in registry.live for listener in point.fwd)
     recorder = Recorder(registry, points, device=device, pos_slice=pos_slice, copies=edited)
     with registry.hooks() as scope:
         scope.observe(points, recorder.store, must_fire=is_explicit(names_filter))

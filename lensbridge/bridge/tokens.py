@@ -217,7 +217,7 @@ def as_ids(tokens: Any) -> Tensor:
         ids = tokens
     else:
         try:
-            ids = torch.as_tensor(tokens)
+            ids = torch.as_tensor(tokens, dtype=torch.long if tokens == [] else None)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"token ids must be integers in a tensor or a list, got {tokens!r}") from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

@@ -16,10 +16,12 @@ from .errors import (
 from .point import HookFunction, HookPoint, Listener
 from .registry import HookRegistry
 from .scope import HookScope
-from .tap import Call, Site, Span, Tap
+from .span import Span
+from .tap import Action, Call, Site, Tap
 
 __all__ = [
     "AbsentPointError",
+    "Action",
     "ArchitectureError",
     "Call",
     "GradientError",

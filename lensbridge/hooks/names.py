@@ -28,7 +28,16 @@ branch; ``mlp.hook_pre`` is the gate of a gated MLP and the only input projectio
 
 _IN_ATTENTION = ("q", "k", "v", "z", "pattern", "attn_scores", "rot_q", "rot_k", "result", "q_normed", "k_normed")
 _IN_MLP = ("pre", "post", "pre_linear")
-_SHORT = {"attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v"}
+_SHORT = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "key": "k",
+    "query": "q",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_post": "post",
+}
+_PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": None, "block": None, "blocks": None}
 _TOP = ("embed", "pos_embed", "unembed")
 
 
@@ -70,5 +79,5 @@ def act_name(name: str, layer: int | None = None, part: str | None = None) -> st
         part = "attn"
     elif part is None and name in _IN_MLP:
         part = "mlp"
-    part = {"a": "attn", "m": "mlp", "b": None, "block": None}.get(part or "b", part)
+    part = _PARTS.get(part or "b", part)
     return f"blocks.{layer}.{part}.hook_{name}" if part else f"blocks.{layer}.hook_{name}"

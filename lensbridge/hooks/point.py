@@ -120,6 +120,7 @@ class HookPoint(nn.Module):
             fwd=(),
             bwd=(),
             owners=(),
+            live=set(),
         )
 
     name: str | None
@@ -130,18 +131,14 @@ class HookPoint(nn.Module):
     fwd: tuple[Listener, ...]
     bwd: tuple[Listener, ...]
     owners: tuple[Owner, ...]
+    live: set[HookPoint]  # the registry's set of points somebody listens to
 
     def __repr__(self) -> str:
         return f"HookPoint({self.name!r}, [{self.axes}])"
 
     def __getstate__(self) -> dict[str, Any]:
         # Listeners belong to whoever added them here, not to a copy or a saved file.
-        return {**super().__getstate__(), "fwd": (), "bwd": (), "ctx": {}, "owners": ()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HookPoint:
-        twin = HookPoint(self.name, self.aliases, axes=self.axes, is_default=self.is_default)
-        memo[id(self)] = twin
-        return twin
+        return {**self.__dict__, "fwd": (), "bwd": (), "ctx": {}, "owners": (), "live": set()}
 
     # --- listening -------------------------------------------------------------------------------
 
@@ -196,15 +193,7 @@ class HookPoint(nn.Module):
             including_permanent: Also the permanent ones.
             level: Only those of this scope depth.
         """
-        if dir not in ("fwd", "bwd", "both"):
-            raise InputError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}")
-        going = [
-            held
-            for held in (*self.fwd, *self.bwd)
-            if dir in (held.direction, "both")
-            and (including_permanent or not held.is_permanent)
-            and (level is None or held.level == level)
-        ]
+        going = self._held(dir, including_permanent, level)
         for listener in going:
             listener.cancelled = True
         discard(going)
@@ -216,12 +205,18 @@ class HookPoint(nn.Module):
         level: int | None = None,
     ) -> bool:
         """Whether anybody listens here."""
-        return any(
-            dir in (held.direction, "both")
+        return bool(self._held(dir, including_permanent, level))
+
+    def _held(self, dir: str, including_permanent: bool, level: int | None) -> list[Listener]:
+        if dir not in ("fwd", "bwd", "both"):
+            raise InputError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r} at {self.name!r}")
+        return [
+            held
+            for held in (*self.fwd, *self.bwd)
+            if dir in (held.direction, "both")
             and (including_permanent or not held.is_permanent)
             and (level is None or held.level == level)
-            for held in (*self.fwd, *self.bwd)
-        )
+        ]
 
     def clear_context(self) -> None:
         """Empty ``ctx``, the dictionary hook functions may keep notes in."""
@@ -254,8 +249,9 @@ class HookPoint(nn.Module):
             HookValueError: A function returned something unfit.
             GradientError: A backward listener is here and no gradient can come.
         """
+        state = self.__dict__
         value, written = tensor, False
-        for listener in self.fwd:
+        for listener in state["fwd"]:
             listener.fired = True
             if listener.observes:
                 listener.fn(value, self)
@@ -266,7 +262,7 @@ class HookPoint(nn.Module):
                 value, written = self._checked(new, value, listener), True
             elif version >= 0 and value._version != version:
                 written = True  # edited in place
-        if self.bwd:
+        if state["bwd"]:
             value, written = self._arm_backward(value), True
         return value if written else None
 
@@ -319,10 +315,13 @@ def attach(listeners: Iterable[Listener], *, prepend: bool = False) -> None:
     owners: dict[int, Owner] = {}
     for listener in listeners:
         point = listener.point
-        if not (point.fwd or point.bwd):
-            owners.update((id(owner), owner) for owner in point.owners)
-        held = point.fwd if listener.direction == "fwd" else point.bwd
-        point.__dict__[listener.direction] = (listener, *held) if prepend else (*held, listener)
+        point.live.add(point)
+        # Also when somebody listens here already: an editor asks more of a site than an observer.
+        for owner in point.owners:
+            owners[id(owner)] = owner
+        state = point.__dict__
+        held = state[listener.direction]
+        state[listener.direction] = (listener, *held) if prepend else (*held, listener)
     for owner in owners.values():
         owner.refresh()
 
@@ -332,11 +331,14 @@ def discard(listeners: Iterable[Listener]) -> None:
     owners: dict[int, Owner] = {}
     for listener in listeners:
         point = listener.point
-        held = point.fwd if listener.direction == "fwd" else point.bwd
+        state = point.__dict__
+        held = state[listener.direction]
         if listener not in held:
             continue
-        point.__dict__[listener.direction] = tuple(other for other in held if other is not listener)
+        state[listener.direction] = tuple([other for other in held if other is not listener])
         if not (point.fwd or point.bwd):
-            owners.update((id(owner), owner) for owner in point.owners)
+            point.live.discard(point)
+            for owner in point.owners:
+                owners[id(owner)] = owner
     for owner in owners.values():
         owner.refresh()

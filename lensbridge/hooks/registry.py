@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from fnmatch import translate
 from typing import Any, Literal, Union
 
 from torch import nn
@@ -13,12 +12,21 @@ from torch import nn
 from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
 from .point import Direction, HookFunction, HookPoint, Listener
 from .scope import HookScope
-from .tap import Site
 
 Selection = Union[None, str, re.Pattern[str], Callable[[str], bool], Iterable[Any]]
 """What selects points: None (all), a name, alias or glob, a regex, a predicate on names, or a list of these."""
 
 _GLOB = frozenset("*?[")
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """Like a path: ``*`` and ``?`` stay within one dotted part, ``**`` spans several, ``[0-3]`` is a set
+    and ``[!0]`` its opposite.
+    """
+    pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
+    special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    sets = {x: x.replace("[!", "[^", 1) for x in pieces if x.startswith("[") and x.endswith("]")}
+    return re.compile("".join({**special, **sets}.get(x, re.escape(x)) for x in pieces))
 
 
 class HookRegistry(Mapping[str, HookPoint]):
@@ -27,20 +35,22 @@ class HookRegistry(Mapping[str, HookPoint]):
     Args:
         points: The points, each with its canonical name and aliases set.
         absent: Canonical names this model lacks, with the reason. Names may be templates with ``{i}``.
-        sites: The sites that serve the points.
+        open_spans: Shared with the sites that serve the points: the spans open right now.
     """
 
     def __init__(
         self,
         points: Iterable[HookPoint] = (),
         absent: Mapping[str, str] | None = None,
-        sites: Iterable[Site] = (),
+        open_spans: set[Any] | None = None,
     ) -> None:
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}
         self._order: dict[str, int] = {}
         self.absent: dict[str, str] = dict(absent or {})
-        self.sites: tuple[Site, ...] = tuple(sites)
+        self.open_spans: set[Any] = set() if open_spans is None else open_spans
+        self.live: set[HookPoint] = set()
+        self._selected: dict[Any, list[HookPoint]] = {}
         self.depth = 0
         self.scopes: list[HookScope] = []
         for point in points:
@@ -67,6 +77,10 @@ class HookRegistry(Mapping[str, HookPoint]):
         if taken:
             raise PointError(f"cannot register {point!r}: {taken[0]!r} is no free name")
         self._points[str(point.name)] = point
+        self._selected.clear()
+        point.__dict__["live"] = self.live
+        if point.fwd or point.bwd:
+            self.live.add(point)
         for alias in point.aliases:
             self.aliases[alias] = str(point.name)
         return point
@@ -74,7 +88,7 @@ class HookRegistry(Mapping[str, HookPoint]):
     # --- mapping ---------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> HookPoint:
-        point = self._points.get(name)
+        point = self._points.get(name) if isinstance(name, str) else None
         if point is not None:
             return point
         canonical = self.aliases.get(name) if isinstance(name, str) else None
@@ -159,26 +173,37 @@ class HookRegistry(Mapping[str, HookPoint]):
         """The points a filter means, each once, in registry order.
 
         Args:
-            selection: None for every default point; a name or alias; a glob (``"blocks.*.hook_out"``); a
+            selection: None for every default point; a name or alias; a glob, in which ``*`` stands for one
+                part of a name and ``**`` for any number (``"blocks.*.hook_out"``, ``"**.hook_pattern"``); a
                 compiled regex; a predicate on names (aliases are tried too); or a list of these.
         Raises:
             UnknownPointError, AbsentPointError: A name, glob, regex or predicate that selects nothing.
             SelectionError: Not a filter at all.
         """
-        if selection is None:
-            return [point for point in self._points.values() if point.is_default]
-        if isinstance(selection, str) and not _GLOB.intersection(selection):
-            return [self[selection]]
+        if selection is None or isinstance(selection, str):
+            # Selections by value are remembered; predicates may change their mind.
+            found = self._selected.get(selection)
+            if found is None:
+                found = self._selected[selection] = self._select_item(selection)
+            return list(found)
         if isinstance(selection, (list, tuple, set, frozenset)):
             chosen = {id(point) for item in selection for point in self._select_item(item)}
             return [point for point in self._points.values() if id(point) in chosen]
         return self._select_item(selection)
 
+    def forget_selections(self) -> None:
+        """To be called after the points' ``is_default`` was changed."""
+        self._selected.clear()
+
     def _select_item(self, item: Any) -> list[HookPoint]:
+        if item is None:
+            return [point for point in self._points.values() if point.is_default]
+        if isinstance(item, HookPoint):  # callable, but no predicate
+            return [self[str(item.name)]]
         if isinstance(item, str):
             if not _GLOB.intersection(item):
                 return [self[item]]
-            matches: Callable[[str], Any] = re.compile(translate(item)).match
+            matches: Callable[[str], Any] = _glob(item).fullmatch
         elif isinstance(item, re.Pattern):
             matches = item.search
         elif callable(item):
@@ -195,7 +220,8 @@ class HookRegistry(Mapping[str, HookPoint]):
         ]
         if not chosen:
             what = repr(item) if isinstance(item, (str, re.Pattern)) else f"the predicate {item!r}"
-            hint = self.nearest(item) if isinstance(item, str) else list(self._points)[:3]
+            hint = self.nearest(item) if isinstance(item, str) else []
+            hint = hint or list(self._points)[:3]
             raise UnknownPointError(
                 f"{what} selects none of the {len(self)} points; for example there are: {', '.join(hint)}"
             )
@@ -246,6 +272,6 @@ class HookRegistry(Mapping[str, HookPoint]):
 
     def settle(self) -> None:
         """Close whatever an interrupted run left open."""
-        for site in self.sites:
-            if site.span is not None and site.span.is_open:
-                site.span.close()
+        while self.open_spans:
+            # The innermost first: they are a stack of modes.
+            max(self.open_spans, key=lambda span: span.depth).close()

@@ -63,9 +63,11 @@ class HookScope:
     def __enter__(self) -> HookScope:
         self.registry.depth += 1
         self.registry.scopes.append(self)
+        self._ran, self._stopped_at = False, None
         for _, group in self._plan:
             for listener in group:
                 listener.level = self.registry.depth
+                listener.fired = False
         attach([listener for _, group in self._plan for listener in group])
         return self
 
@@ -87,7 +89,7 @@ class HookScope:
         """
         level = self.registry.depth
         made = [Listener(fn, point, dir, level=level, observes=True) for point in points]
-        self._plan.extend((x.point.name if must_fire else None, [x]) for x in made)
+        self._plan.extend([(x.point.name, [x]) for x in made] if must_fire else [(None, made)])
         attach(made)
 
     def note_run(self, stopped_at: HookPoint | None = None) -> None:
@@ -128,9 +130,9 @@ class HookScope:
         if not (self._ran or any(x.fired for _, group in forward for x in group)):
             return
         for what, group in forward:
-            owing = group
+            owing = [x for x in group if not x.cancelled]
             if self._stopped_at is not None:
-                owing = [x for x in group if self.registry.order(x.point) < self._stopped_at]
+                owing = [x for x in owing if self.registry.order(x.point) < self._stopped_at]
             if what is not None and owing and not any(listener.fired for listener in group):
                 names = ", ".join(str(x.point.name) for x in owing[:3])
                 raise HookNotFiredError(

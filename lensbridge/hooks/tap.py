@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .point import HookPoint
+from .span import Span
 
 
 class Call:
@@ -38,7 +40,7 @@ class Call:
         self.kwargs = kwargs
         self.output = output
         self.changed = False
-        self.scratch: dict[Any, Any] = {}
+        self.scratch: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -49,52 +51,54 @@ class Tap:
         side: ``"input"`` or ``"output"`` of the module.
         read: Picks the tensor; a view where possible, never a needless copy.
         write: Puts a changed tensor back into the call.
-        late: For an input whose change must not touch the module's other readers of the same input (one
-            third of a joint projection): given the changed tensor, mends the call's *output* instead.
     """
 
     side: Literal["input", "output"]
     read: Callable[[Call], Tensor]
     write: Callable[[Call, Tensor], None]
-    late: Callable[[Call, Tensor], None] | None = None
 
 
-@runtime_checkable
-class Span(Protocol):
-    """Something open while a module runs, and only while one of its points is listened to."""
+@dataclass(frozen=True)
+class Action:
+    """Something to do at a call while a point is listened to: carry out elsewhere what was written there.
 
-    points: tuple[HookPoint, ...]
-    is_open: bool
+    Attributes:
+        run: Given the call, after the module ran.
+    """
 
-    def open(self) -> None:
-        """Called right before the module's forward."""
-
-    def close(self) -> None:
-        """Called right after it; must be harmless when not open."""
+    run: Callable[[Call], None]
 
 
 class Site:
-    """All taps of one module, behind at most one PyTorch hook a side."""
+    """All taps of one module, behind at most one PyTorch hook a side.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The module.
+        open_spans: Shared by the sites of a model: the spans that are open right now.
+    """
+
+    def __init__(self, module: nn.Module, open_spans: set[Any] | None = None) -> None:
         self.module = module
         self.span: Span | None = None
-        self._taps: list[tuple[Tap, HookPoint]] = []
-        self._inputs: list[tuple[Tap, HookPoint]] = []
-        self._outputs: list[tuple[Tap, HookPoint]] = []
-        self._late: list[tuple[Tap, Tensor]] = []
+        self.open_spans: set[Any] = set() if open_spans is None else open_spans
+        self._taps: list[tuple[Tap | Action, HookPoint]] = []
+        self._inputs: list[tuple[Tap | Action, HookPoint]] = []
+        self._outputs: list[tuple[Tap | Action, HookPoint]] = []
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._muted: frozenset[HookPoint] = frozenset()
+        # A module that works in place has spoilt its input by the time it is done.
+        self._is_leaf = not (module._modules or vars(module).get("inplace", False))
 
-    def add(self, tap: Tap, point: HookPoint) -> None:
-        """Make ``point`` fire at ``tap``. Points of a side fire in the order they were added."""
+    def add(self, tap: Tap | Action, point: HookPoint) -> None:
+        """Make ``point`` fire at ``tap``, or cause an action. All in the order they were added."""
         self._taps.append((tap, point))
         point.__dict__["owners"] = (*point.owners, self)
 
     def set_span(self, span: Span) -> None:
         """Open ``span`` around the module's forward while one of its points is listened to."""
         self.span = span
+        span.open_spans = self.open_spans
         for point in span.points:
             point.__dict__["owners"] = (*point.owners, self)
 
@@ -105,28 +109,39 @@ class Site:
 
     def refresh(self) -> None:
         """Attach or detach so that exactly the listened-to points are served."""
-        active = [
-            pair for pair in self._taps if (pair[1].fwd or pair[1].bwd) and pair[1] not in self._muted
-        ]
-        self._inputs = [pair for pair in active if pair[0].side == "input"]
-        self._outputs = [pair for pair in active if pair[0].side == "output"]
-        if not any(tap.late for tap, _ in self._inputs):
-            self._late = []
-        spanning = self.span is not None and any(p.fwd or p.bwd for p in self.span.points)
-        needs_after = bool(self._outputs) or spanning or any(t.late for t, _ in self._inputs)
-        self._before = self._switch(self._before, bool(self._inputs) or spanning, self._attach_before)
-        self._after = self._switch(self._after, needs_after, self._attach_after)
+        inputs, outputs, edits = [], [], False
+        for pair in self._taps:
+            tap, point = pair
+            if not (point.fwd or point.bwd) or point in self._muted:
+                continue
+            if isinstance(tap, Action) or tap.side == "output":
+                outputs.append(pair)
+                continue
+            inputs.append(pair)
+            edits = edits or bool(point.bwd) or not all([held.observes for held in point.fwd])
+        # Nothing fires inside a leaf, so its input can as well be shown when it is done: one hook, not two.
+        # Not once the first hook is there: an editor may leave in mid-call, and nobody must be shown twice.
+        if inputs and self._is_leaf and not edits and self._before is None:
+            inputs, outputs = [], inputs + outputs
+        self._inputs = inputs
+        self._outputs = outputs
+        span = self.span
+        spanning = span is not None and any([point.fwd or point.bwd for point in span.points])
+        before = bool(inputs) or spanning
+        after = bool(outputs) or spanning
+        if before != (self._before is not None):
+            self._before = self._switch(self._before, self._attach_before)
+        if after != (self._after is not None):
+            self._after = self._switch(self._after, self._attach_after)
 
     @staticmethod
     def _switch(
-        handle: RemovableHandle | None, wanted: bool, attach: Callable[[], RemovableHandle]
+        handle: RemovableHandle | None, attach: Callable[[], RemovableHandle]
     ) -> RemovableHandle | None:
-        if wanted and handle is None:
+        if handle is None:
             return attach()
-        if not wanted and handle is not None:
-            handle.remove()
-            return None
-        return handle
+        handle.remove()
+        return None
 
     def _attach_before(self) -> RemovableHandle:
         # prepend: Hugging Face's own recording hooks must see what we made of the value.
@@ -141,17 +156,10 @@ class Site:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = Call(module, args, kwargs)
-        self._late = []
-        for tap, point in self._inputs:
-            new = point.fire(tap.read(call))
-            if new is None:
-                continue
-            if tap.late is None:
-                tap.write(call, new)
-            else:
-                self._late.append((tap, new))
-        if self.span is not None and any(p.fwd or p.bwd for p in self.span.points):
-            self.span.open()
+        self._show(call, self._inputs)
+        span = self.span
+        if span is not None and any([point.fwd or point.bwd for point in span.points]):
+            span.before()
         return (call.args, dict(call.kwargs)) if call.changed else None
 
     def _on_output(
@@ -162,12 +170,23 @@ class Site:
             if output is None:
                 return None  # the module raised; always_call brought us here only to close
         call = Call(module, args, kwargs, output)
-        for tap, new in self._late:
-            if tap.late is not None:
-                tap.late(call, new)
-        self._late = []
-        for tap, point in self._outputs:
-            new = point.fire(tap.read(call))
-            if new is not None:
-                tap.write(call, new)
+        self._show(call, self._outputs)
         return call.output if call.changed else None
+
+    def _show(self, call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
+        if self.open_spans:
+            # What listeners compute is their own business, not part of what a span watches.
+            with torch._C.DisableTorchFunction():
+                _show(call, pairs)
+        else:
+            _show(call, pairs)
+
+
+def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
+    for tap, point in pairs:
+        if isinstance(tap, Action):
+            tap.run(call)
+            continue
+        new = point.fire(tap.read(call))
+        if new is not None:
+            tap.write(call, new)
