@@ -42,7 +42,9 @@ def build_tiny(name: str, kind: str = "causal", **overrides: Any) -> nn.Module:
 
     base, extra = VARIANTS.get(name, (name, {}))
     entry = tiny_configs()[kind][base]
-    config = getattr(transformers, entry["config_class"])(**{**entry["config"], **extra, **overrides})
+    config = getattr(transformers, entry["config_class"])(
+        **{**entry["config"], **extra, **overrides}
+    )
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = getattr(transformers, entry["class"])(config).eval()
@@ -99,7 +101,9 @@ def build_tokenizer(**special: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *string.printable[:95]]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
     named = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hooks import HookPoint, Span
 
@@ -121,7 +121,12 @@ class AttentionSpan(Span):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         x = args[0] if args else None
-        if self._live is not None or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.n_heads:
+        if (
+            self._live is not None
+            or not isinstance(x, Tensor)
+            or x.dim() != 4
+            or x.shape[1] != self.n_heads
+        ):
             return func(*args, **kwargs)  # some other softmax: a router's, say
         self._live = func(self._fire_square(self.scores, x), *args[1:], **kwargs)
         return self._live

@@ -36,15 +36,26 @@ def load(
     """Load a model and its tokenizer; the arguments are those of `TransformerBridge.boot_transformers`."""
     from transformers import AutoConfig, AutoTokenizer
 
-    placed = [name for name, v in (("device_map", device_map), ("n_devices", n_devices)) if v is not None]
+    placed = [
+        name for name, v in (("device_map", device_map), ("n_devices", n_devices)) if v is not None
+    ]
     if device is not None and placed:
         raise InputError(f"give device or {placed[0]}, not both")
     if hf_model is not None:
-        clash = {"device_map": device_map, "n_devices": n_devices, "max_memory": max_memory, "n_ctx": n_ctx}
+        clash = {
+            "device_map": device_map,
+            "n_devices": n_devices,
+            "max_memory": max_memory,
+            "n_ctx": n_ctx,
+        }
         given = [name for name, value in clash.items() if value is not None]
         if given:
             raise InputError(f"{given[0]} cannot be applied to hf_model, which is used as it is")
-        model = hf_model if device is None and dtype is None else hf_model.to(device=device, dtype=dtype)
+        model = (
+            hf_model
+            if device is None and dtype is None
+            else hf_model.to(device=device, dtype=dtype)
+        )
         return model, tokenizer
     if device is not None:
         device = torch.device(device)
@@ -179,11 +190,13 @@ def native(config: BridgeConfig) -> nn.Module:
     return model.to(device=config.device, dtype=config.dtype).eval()
 
 
-def _gpt2(config: BridgeConfig) -> nn.Module:
+def _gpt2(config: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if config.gated_mlp or config.n_key_value_heads not in (None, config.n_heads):
-        raise InputError("a native model with learned positions has a plain MLP and ungrouped heads")
+        raise InputError(
+            "a native model with learned positions has a plain MLP and ungrouped heads"
+        )
     made = GPT2Config(
         vocab_size=config.d_vocab,
         n_positions=config.n_ctx,
@@ -200,7 +213,7 @@ def _gpt2(config: BridgeConfig) -> nn.Module:
     return GPT2LMHeadModel(made)
 
 
-def _llama(config: BridgeConfig) -> nn.Module:
+def _llama(config: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if config.gated_mlp is False:
@@ -212,7 +225,7 @@ def _llama(config: BridgeConfig) -> nn.Module:
         num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads,
         num_key_value_heads=config.n_key_value_heads or config.n_heads,
-        head_dim=config.d_head or config.d_model // config.n_heads,  # type: ignore[operator]
+        head_dim=config.d_head or config.d_model // config.n_heads,
         intermediate_size=config.d_mlp or 4 * config.d_model,
         hidden_act=config.act_fn or "silu",
         rms_norm_eps=config.eps or 1e-5,

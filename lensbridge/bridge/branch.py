@@ -17,7 +17,7 @@ from .places import get_input, set_input
 
 
 class BranchSpan(Span):
-    """From an edit of `point` to the end of its block, puts the edited tensor wherever the original is used."""
+    """From an edit of `point` to the end of its block, puts the edited tensor where the original is used."""
 
     def __init__(self, point: HookPoint) -> None:
         super().__init__((point,))
@@ -35,16 +35,12 @@ class BranchSpan(Span):
     def tap(self) -> Tap:
         """The stream where the second branch leaves it; a write reaches branch and stream alike."""
 
-        def read(call: Call) -> Tensor:
-            # An alias, so that nobody but the model holds the very object that is substituted.
-            return get_input(call).view_as(get_input(call))
-
         def write(call: Call, value: Tensor) -> None:
             self.open()
             self._old, self._new = get_input(call), value
             set_input(call, value)
 
-        return Tap("input", read, write)
+        return Tap("input", get_input, write)
 
     def __torch_function__(
         self,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
-from typing import Any, Literal, TypeVar
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..hooks import HookFunction, HookPoint, HookRegistry, HookScope, InputError, Listener
-from ..hooks.point import Direction
+from ..hooks import HookRegistry, InputError
 from ..hooks.registry import Selection
 from . import boot
 from .architecture import Architecture
-from .cache import ActivationCache, SliceInput
+from .cache import SliceInput
 from .config import BridgeConfig, read_config
 from .infer import infer
 from .inputs import Inputs, prepare
+from .listening import Hooks, Listening
 from .points import build_registry
 from .run import (
     INSIDE_ATTENTION,
@@ -29,15 +30,16 @@ from .run import (
     logits_of,
     record_run,
 )
-from .tokens import PaddingSide, Text, Tokens
+from .state import ModelState
+from .text import TextMethods
+from .tokens import PaddingSide
 from .verify import Verification, verify
-from .view import BlocksView, PartView, outline
+from .view import outline
 
-_Hooks = Iterable[tuple[Any, HookFunction]]
 _Self = TypeVar("_Self", bound="TransformerBridge")
 
 
-class TransformerBridge:
+class TransformerBridge(ModelState, Listening, TextMethods):
     """A Hugging Face model with canonical, named hook points.
 
     Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the
@@ -62,8 +64,8 @@ class TransformerBridge:
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
-                f"TransformerBridge wraps a loaded model, got {type(model).__name__}; to load one by name use "
-                "TransformerBridge.boot_transformers(name)"
+                f"TransformerBridge wraps a loaded model, got {type(model).__name__}; to load one by "
+                "name use TransformerBridge.boot_transformers(name)"
             )
         self.original_model = model
         inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
@@ -83,7 +85,7 @@ class TransformerBridge:
     @classmethod
     def boot_transformers(
         cls: type[_Self],
-        model_name: str,
+        model_name: str | os.PathLike[str],
         hf_config_overrides: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,17 +115,19 @@ class TransformerBridge:
             trust_remote_code: Run code that comes with the checkpoint.
             model_class: The transformers class to load with; found from the config unless given.
             hf_model: A loaded model to wrap as it is; then nothing is loaded.
-            device_map, max_memory: As in accelerate.
+            device_map: Where to put which part, as in accelerate.
+            max_memory: How much of which device to use, as in accelerate.
             n_devices: Balance the layers over this many CUDA devices.
             n_ctx: Context length to set in the config.
             revision: Branch, tag or commit.
-            checkpoint_index, checkpoint_value: Training checkpoint of a family that publishes them.
-            **hf_kwargs: Passed to ``from_pretrained`` (``attn_implementation``, ``quantization_config``, ...).
+            checkpoint_index: Which training checkpoint, for families that publish them; -1 is the last.
+            checkpoint_value: The same by training step.
+            **hf_kwargs: Passed to ``from_pretrained``: ``attn_implementation``, ``quantization_config``...
         Raises:
             InputError: Arguments that exclude each other.
         """
         model, tokenizer = boot.load(
-            model_name,
+            os.fspath(model_name),
             hf_config_overrides=hf_config_overrides,
             device=device,
             dtype=dtype,
@@ -158,7 +162,8 @@ class TransformerBridge:
         Args:
             config: Sizes; a mapping is turned into a `BridgeConfig`.
             tokenizer: Optional.
-            device, dtype: Override those of the config.
+            device: Overrides that of the config.
+            dtype: Overrides that of the config.
         """
         cfg = config if isinstance(config, BridgeConfig) else BridgeConfig(**config)
         model = boot.native(cfg)
@@ -166,101 +171,15 @@ class TransformerBridge:
 
     def __repr__(self) -> str:
         c = self.cfg
-        sizes = f"{c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, vocabulary {c.d_vocab}"
+        sizes = (
+            f"{c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, vocabulary {c.d_vocab}"
+        )
         return f"TransformerBridge({c.architecture}: {sizes}; {len(self.registry)} hook points)"
 
     def __str__(self) -> str:
         return f"{self!r}\n{outline(self.registry)}"
 
-    # --- the model's own state -------------------------------------------------------------------
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The Hugging Face model's parameters."""
-        return self.original_model.parameters(recurse)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The Hugging Face model's named parameters."""
-        return self.original_model.named_parameters(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The Hugging Face model's state dict, under its own keys."""
-        return self.original_model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the Hugging Face model."""
-        return self.original_model.load_state_dict(*args, **kwargs)
-
-    def to(self: _Self, *args: Any, **kwargs: Any) -> _Self:
-        """Move or cast the model, as ``nn.Module.to``; returns the bridge."""
-        self.original_model.to(*args, **kwargs)
-        first = next(self._inner.parameters(), None)
-        if first is not None:
-            self.cfg.device, self.cfg.dtype = first.device, first.dtype
-        return self
-
-    def cuda(self: _Self, device: int | torch.device | None = None) -> _Self:
-        """Move the model to a CUDA device."""
-        return self.to("cuda" if device is None else torch.device("cuda", device))
-
-    def cpu(self: _Self) -> _Self:
-        """Move the model to the CPU."""
-        return self.to("cpu")
-
-    def eval(self: _Self) -> _Self:
-        """Switch dropout and the like off."""
-        self.original_model.eval()
-        return self
-
-    def train(self: _Self, mode: bool = True) -> _Self:
-        """Switch dropout and the like on."""
-        self.original_model.train(mode)
-        return self
-
-    def requires_grad_(self: _Self, requires_grad: bool = True) -> _Self:
-        """Freeze or unfreeze every parameter."""
-        self.original_model.requires_grad_(requires_grad)
-        return self
-
-    @property
-    def training(self) -> bool:
-        """Whether the model is in training mode."""
-        return self.original_model.training
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the model takes its input; None when accelerate moves inputs itself."""
-        first = self._entry._parameters.get("weight")
-        if first is None:
-            first = next(self._entry.parameters(), None)
-        return None if first is None or first.device.type == "meta" else first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parameters."""
-        return next(self._inner.parameters()).dtype
-
-    # --- points ----------------------------------------------------------------------------------
-
-    @property
-    def hook_dict(self) -> dict[str, HookPoint]:
-        """Every point by canonical name and by alias."""
-        return self.registry.hook_dict
-
-    def hook_points(self) -> list[HookPoint]:
-        """Every point, in execution order."""
-        return list(self.registry.values())
-
-    def get_hook_point(self, name: str) -> HookPoint:
-        """The point behind a name or alias.
-
-        Raises:
-            UnknownPointError, AbsentPointError: No such point; the message says the nearest, or why not.
-        """
-        return self.registry[name]
-
-    def why(self, name: str) -> str | None:
-        """Why this model lacks a canonical point; None when it has it."""
-        return self.registry.why(name)
+    # --- proving ---------------------------------------------------------------------------------
 
     def verify(self, tokens: Int[Tensor, "batch pos"] | None = None) -> Verification:
         """Check on one run that every name means what it says; ``print(bridge.verify())``.
@@ -275,131 +194,22 @@ class TransformerBridge:
             tokens = torch.arange(2 * width).reshape(2, width) % (self.cfg.d_vocab or 2)
         results = [f"blocks.{i}.attn.hook_result" for i in range(self.cfg.n_layers)]
         default = [point for point in self.hook_points() if point.is_default]
-        outside = [str(point.name) for point in default if not str(point.name).endswith(INSIDE_ATTENTION)]
-        every = [str(point.name) for point in default] + [name for name in results if name in self.registry]
+        outside = [
+            str(point.name) for point in default if not str(point.name).endswith(INSIDE_ATTENTION)
+        ]
+        every = [str(point.name) for point in default] + [
+            name for name in results if name in self.registry
+        ]
         with torch.no_grad():
             bare = self.forward(tokens)
-            opened = self.run_with_cache(tokens, names_filter=every)
-            closed = self.run_with_cache(tokens, names_filter=outside)
+            opened, closed = (
+                record_run(self.registry, lambda: self.forward(tokens), names_filter=names)
+                for names in (every, outside)
+            )
         tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
-        return verify(self._inner, self.architecture, self.registry, bare, opened, closed, tolerance)
-
-    def set_use_attn_result(self, use: bool = True) -> None:
-        """Whether "every point" includes what each head adds to the stream (``attn.hook_result``)."""
-        self._include(use, "blocks.*.attn.hook_result")
-
-    def set_use_split_qkv_input(self, use: bool = True) -> None:
-        """Whether "every point" includes each head's own copy of its input (``hook_q_input``, ...)."""
-        self._include(use, "blocks.*.attn.hook_[qkv]_input")
-
-    def set_use_attn_in(self, use: bool = True) -> None:
-        """Whether "every point" includes ``attn.hook_attn_in``."""
-        self._include(use, "blocks.*.attn.hook_attn_in")
-
-    def _include(self, use: bool, names: str) -> None:
-        for point in self.registry.select(names):
-            point.__dict__["is_default"] = use
-        self.registry.forget_selections()
-
-    @cached_property
-    def blocks(self) -> BlocksView:
-        """The layers' points: ``bridge.blocks[0].attn.hook_pattern``."""
-        return BlocksView(self.registry, self.cfg.n_layers)
-
-    @property
-    def embed(self) -> PartView:
-        """The token embedding's points."""
-        return PartView(self.registry, "embed")
-
-    @property
-    def pos_embed(self) -> PartView:
-        """The position embedding's points."""
-        return PartView(self.registry, "pos_embed")
-
-    @property
-    def ln_final(self) -> PartView:
-        """The final norm's points."""
-        return PartView(self.registry, "ln_final")
-
-    @property
-    def unembed(self) -> PartView:
-        """The head's points."""
-        return PartView(self.registry, "unembed")
-
-    # --- hooks -----------------------------------------------------------------------------------
-
-    def hooks(
-        self,
-        fwd_hooks: _Hooks = (),
-        bwd_hooks: _Hooks = (),
-        *,
-        clear_contexts: bool = False,
-    ) -> HookScope:
-        """Hooks for the length of a ``with`` block.
-
-        Args:
-            fwd_hooks: Pairs (name or filter, ``fn(tensor, hook)``).
-            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``).
-            clear_contexts: Empty the points' ``ctx`` afterwards.
-        Raises:
-            HookNotFiredError: On leaving, when the model ran and a forward hook was never reached.
-        """
-        return self.registry.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts)
-
-    def add_hook(
-        self,
-        name: Selection,
-        hook: HookFunction,
-        dir: Direction = "fwd",
-        *,
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> list[Listener]:
-        """Listen until `reset_hooks` (or, if permanent, until removed); returns the listeners."""
-        return self.registry.add_hook(
-            name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend
+        return verify(
+            self._inner, self.architecture, self.registry, bare, opened, closed, tolerance
         )
-
-    def add_perma_hook(
-        self, name: Selection, hook: HookFunction, dir: Direction = "fwd"
-    ) -> list[Listener]:
-        """Listen through every `reset_hooks`."""
-        return self.registry.add_hook(name, hook, dir, is_permanent=True)
-
-    def reset_hooks(
-        self,
-        clear_contexts: bool = True,
-        direction: Literal["fwd", "bwd", "both"] = "both",
-        including_permanent: bool = False,
-        level: int | None = None,
-    ) -> None:
-        """Remove listeners from every point."""
-        self.registry.reset(clear_contexts, direction, including_permanent, level)
-
-    def clear_contexts(self) -> None:
-        """Empty every point's ``ctx``."""
-        for point in self.registry.values():
-            point.clear_context()
-
-    def list_hooks(
-        self,
-        name_filter: Selection = None,
-        dir: Literal["fwd", "bwd", "both"] = "both",
-        including_permanent: bool = True,
-    ) -> dict[str, list[Listener]]:
-        """Who listens where: listeners by canonical name, silent points left out."""
-        points = self.hook_points() if name_filter is None else self.registry.select(name_filter)
-        found = {
-            str(point.name): [
-                listener
-                for listener in (*point.fwd, *point.bwd)
-                if dir in ("both", listener.direction)
-                and (including_permanent or not listener.is_permanent)
-            ]
-            for point in points
-        }
-        return {name: listeners for name, listeners in found.items() if listeners}
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -430,7 +240,8 @@ class TransformerBridge:
             loss_per_token: Losses [batch, pos - 1] instead of the mean.
             prepend_bos: Whether text gets a BOS token; None follows ``cfg.default_prepend_bos``.
             padding_side: Where shorter texts are padded; None follows the tokenizer.
-            attention_mask: 1 at real tokens, for token ids. Position ids follow it when it shows padding in front.
+            attention_mask: 1 at real tokens, for token ids. Where it shows padding in front, position ids
+                follow it.
             start_at_layer: Skip the layers before this one.
             stop_at_layer: Run nothing from this layer on and return the residual stream entering it,
                 [batch, pos, d_model]. Negative counts from the end; ``n_layers`` is behind the last layer.
@@ -444,7 +255,9 @@ class TransformerBridge:
         """
         if return_type not in RETURN_TYPES:
             raise InputError(f"return_type must be one of {RETURN_TYPES}, got {return_type!r}")
-        start = None if start_at_layer is None else self._stack.layer(start_at_layer, "start_at_layer")
+        start = (
+            None if start_at_layer is None else self._stack.layer(start_at_layer, "start_at_layer")
+        )
         stop = None if stop_at_layer is None else self._stack.layer(stop_at_layer, "stop_at_layer")
         if start is not None:
             self._check_residual(input)
@@ -536,31 +349,33 @@ class TransformerBridge:
         return_cache_object: bool = True,
         return_type: str | None = "logits",
         **kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+    ) -> tuple[Any, Any]:
         """Run and keep what the points show.
 
         Args:
             input: As in `forward`.
             *args: Further positional arguments of `forward`, from ``return_type`` on.
-            names_filter: What to keep: None for every point except those that multiply memory by the number of
-                heads, or a name, alias, glob, predicate on names, or a list of these.
+            names_filter: What to keep: None for every point except those that multiply memory by the
+                number of heads, or a name, alias, glob, predicate on names, or a list of these.
             device: Where to keep the tensors.
             remove_batch_dim: Drop the batch dimension of the cached tensors (one row only).
-            incl_bwd: Differentiate the loss and keep gradients as ``<name>_grad``; needs ``return_type="loss"``.
-                No parameter's ``.grad`` is touched.
+            incl_bwd: Differentiate the loss and keep gradients as ``<name>_grad``; needs
+                ``return_type="loss"``. No parameter's ``.grad`` is touched.
             pos_slice: Positions to keep.
             return_cache_object: False gives a plain dictionary.
             return_type: As in `forward`.
             **kwargs: As in `forward`.
         Returns:
-            What `forward` returns, and the cache, in the order the model produced it.
+            What `forward` returns, and the `ActivationCache`, in the order the model produced it.
         Raises:
             UnknownPointError, AbsentPointError: A filter that selects nothing.
             HookNotFiredError: A point asked for by name that the run did not pass.
         """
         if args:
             if len(args) > 1:
-                raise InputError("run_with_cache takes input and return_type by position, the rest by name")
+                raise InputError(
+                    "run_with_cache takes input and return_type by position, the rest by name"
+                )
             return_type = args[0]
         backward: Callable[[Any], Tensor] | None = None
         if incl_bwd:
@@ -576,12 +391,15 @@ class TransformerBridge:
         def run() -> Any:
             return self.forward(input, return_type=return_type, **kwargs)
 
-        record = {"names_filter": names_filter, "device": device, "pos_slice": pos_slice}
-        if incl_bwd:
-            with frozen(self._inner):
-                out, cache = record_run(self.registry, run, backward=backward, **record)
-        else:
-            out, cache = record_run(self.registry, run, **record)
+        with frozen(self._inner) if incl_bwd else nullcontext():
+            out, cache = record_run(
+                self.registry,
+                run,
+                names_filter=names_filter,
+                device=device,
+                pos_slice=pos_slice,
+                backward=backward,
+            )
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
@@ -590,8 +408,8 @@ class TransformerBridge:
         self,
         input: Any = None,
         *args: Any,
-        fwd_hooks: _Hooks = (),
-        bwd_hooks: _Hooks = (),
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **kwargs: Any,
@@ -602,8 +420,8 @@ class TransformerBridge:
             input: As in `forward`.
             *args: Further positional arguments of `forward`, from ``return_type`` on.
             fwd_hooks: Pairs (name or filter, ``fn(tensor, hook)``); a returned tensor replaces the value.
-            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``). They belong to this run's graph and fire when
-                it is differentiated, also after this call has returned.
+            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``). They belong to this run's graph and fire
+                when it is differentiated, also after this call has returned.
             reset_hooks_end: False leaves the hooks set, until `reset_hooks`.
             clear_contexts: Empty the points' ``ctx`` afterwards.
             **kwargs: As in `forward`.
@@ -620,10 +438,12 @@ class TransformerBridge:
             pass
         for dir, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
             for name, fn in pairs:
-                self.add_hook(name, fn, dir)  # type: ignore[arg-type]
+                self.add_hook(name, fn, dir)
         return self.forward(input, *args, **kwargs)
 
-    def hf_generate(self, input: Any = None, *, prepend_bos: bool | None = None, **kwargs: Any) -> Any:
+    def hf_generate(
+        self, input: Any = None, *, prepend_bos: bool | None = None, **kwargs: Any
+    ) -> Any:
         """Hugging Face's ``generate`` on text or ids, hooks live at every step.
 
         Args:
@@ -644,63 +464,3 @@ class TransformerBridge:
         given = dict(inputs.kwargs)
         given.pop("position_ids", None)  # generate makes its own from the mask
         return self._stack.generate({**given, **kwargs})
-
-    # --- tokens ----------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None. Setting it re-reads the BOS and padding rules."""
-        return self._tokens.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokens = Tokens(tokenizer, self.cfg)
-
-    def to_tokens(
-        self,
-        input: Text,
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-        move_to_device: bool = True,
-        truncate: bool = True,
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids of a string or a list of strings.
-
-        Args:
-            input: The text.
-            prepend_bos: Whether each row starts with BOS; None follows ``cfg.default_prepend_bos``.
-            padding_side: Where shorter rows are padded; None follows the tokenizer.
-            move_to_device: Put the ids where the model is.
-            truncate: Cut at the model's context length.
-        Raises:
-            InputError: No tokenizer, an empty list, or an item that is no string.
-        """
-        ids, _ = self._tokens.batch(input, prepend_bos, padding_side, truncate=truncate)
-        return ids.to(self.device) if move_to_device and self.device is not None else ids
-
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """Text of token ids: a string for [pos], a list of strings for [batch, pos]."""
-        return self._tokens.to_string(tokens)
-
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
-        """The tokens of a text, or of ids, as strings."""
-        return self._tokens.to_str_tokens(input, prepend_bos)
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a string that is one token; an error when it is not."""
-        return self._tokens.to_single_token(string)
-
-    def to_single_str_token(self, token: int) -> str:
-        """The text of one id."""
-        return self._tokens.to_single_str_token(token)
-
-    def get_token_position(
-        self,
-        single_token: str | int,
-        input: Any,
-        mode: Literal["first", "last"] = "first",
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-    ) -> int:
-        """Position of a token in a text or a row of ids."""
-        return self._tokens.token_position(single_token, input, mode, prepend_bos, padding_side)

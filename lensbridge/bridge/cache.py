@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..hooks import HookRegistry, InputError, LayerRangeError, UnknownPointError
 from ..hooks.names import act_name
 
-SliceInput = Union[None, int, slice, tuple[Any, ...], list[int], Tensor]
-"""None (everything), an index (drops the dimension), a slice or (start, stop[, step]), or a list of indices."""
+SliceInput = int | slice | tuple[Any, ...] | list[int] | Tensor | None
+"""None (all), an index (drops the dimension), a slice or (start, stop[, step]), or a list of indices."""
 
 _GRAD = "_grad"
 
@@ -98,10 +98,13 @@ class ActivationCache(Mapping[str, Tensor]):
     def _layer(self, layer: Any) -> int:
         if not isinstance(layer, int):
             raise InputError(f"a layer is an int, got {layer!r}")
-        layers = [p.layer() for n, p in self.registry.items() if n.startswith("blocks.") and n.endswith(".hook_in") and n.count(".") == 2]
-        count = len(layers)
+        count = 1 + max(
+            (p.layer() for n, p in self.registry.items() if n.startswith("blocks.")), default=-1
+        )
         if not -count <= layer < count:
-            raise LayerRangeError(f"layer {layer} is not one of this model's {count} (0 to {count - 1})")
+            raise LayerRangeError(
+                f"layer {layer} is not one of this model's {count} (0 to {count - 1})"
+            )
         return layer % count
 
     # --- moving and cutting ----------------------------------------------------------------------
@@ -109,13 +112,19 @@ class ActivationCache(Mapping[str, Tensor]):
     def map(self, fn: Callable[[str, Tensor], Tensor], **state: Any) -> ActivationCache:
         """A new cache with every tensor changed by ``fn(name, tensor)``."""
         made = {name: fn(name, tensor) for name, tensor in self.cache_dict.items()}
-        return ActivationCache(made, self.registry, **{"has_batch_dim": self.has_batch_dim, **state})
+        return ActivationCache(
+            made, self.registry, **{"has_batch_dim": self.has_batch_dim, **state}
+        )
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ActivationCache:
         """Move every tensor (floating ones to ``dtype`` too), in place; returns itself."""
         for name, tensor in self.cache_dict.items():
             wanted = dtype if tensor.is_floating_point() else None
-            self.cache_dict[name] = tensor.to(device=device or tensor.device, dtype=wanted or tensor.dtype)
+            self.cache_dict[name] = tensor.to(
+                device=device or tensor.device, dtype=wanted or tensor.dtype
+            )
         return self
 
     def remove_batch_dim(self) -> ActivationCache:
@@ -128,7 +137,8 @@ class ActivationCache(Mapping[str, Tensor]):
             wide = [name for name, tensor in self.cache_dict.items() if tensor.shape[0] != 1]
             if wide:
                 raise InputError(
-                    f"cannot remove the batch dimension: {wide[0]} has {self.cache_dict[wide[0]].shape[0]} rows"
+                    f"cannot remove the batch dimension: {wide[0]} has "
+                    f"{self.cache_dict[wide[0]].shape[0]} rows"
                 )
             for name, tensor in self.cache_dict.items():
                 self.cache_dict[name] = tensor[0]
@@ -143,7 +153,9 @@ class ActivationCache(Mapping[str, Tensor]):
         def cut(name: str, tensor: Tensor) -> Tensor:
             # A value that is shared by the whole batch (position embeddings) has one row for all of them.
             rows = 0 if isinstance(batch_slice, int) else slice(None)
-            return take(tensor, rows if tensor.shape[0] == 1 and self._rows() != 1 else batch_slice, 0)
+            return take(
+                tensor, rows if tensor.shape[0] == 1 and self._rows() != 1 else batch_slice, 0
+            )
 
         return self.map(cut, has_batch_dim=not isinstance(batch_slice, int))
 
@@ -174,7 +186,9 @@ def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
     if what is None:
         return tensor
     if isinstance(what, bool):
-        raise InputError("a slice is None, an int, a slice, (start, stop), or a list of indices, got a bool")
+        raise InputError(
+            "a slice is None, an int, a slice, (start, stop), or a list of indices, got a bool"
+        )
     if isinstance(what, int):
         return tensor.select(dim, what)
     if isinstance(what, tuple):

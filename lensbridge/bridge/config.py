@@ -11,8 +11,22 @@ from torch import nn
 from .architecture import Architecture
 from .infer import text_config
 
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length", "max_sequence_length")
-_ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation", "act_fn", "hidden_activation")
+_CONTEXT = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "n_ctx",
+    "seq_length",
+    "max_sequence_length",
+)
+_ACTIVATION = (
+    "hidden_activation",
+    "hidden_act",
+    "activation_function",
+    "activation",
+    "act_fn",
+    "hidden_activation",
+)
 
 
 @dataclass
@@ -72,7 +86,10 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
     hf = text_config(model)
     attn = next((block.attn for block in architecture.blocks if block.attn is not None), None)
     mlp = next((block.mlp for block in architecture.blocks if block.mlp is not None), None)
-    norm = next((block.ln1 or block.ln2 for block in architecture.blocks), None) or architecture.ln_final
+    norm = (
+        next((block.ln1 or block.ln2 for block in architecture.blocks), None)
+        or architecture.ln_final
+    )
     if architecture.pos_embed is not None:
         positions = "standard"
     else:
@@ -88,7 +105,9 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
         d_mlp=None if mlp is None else mlp.d_mlp,
         n_key_value_heads=None if attn is None else attn.n_key_value_heads,
         act_fn=_first(hf, _ACTIVATION),
-        normalization_type=None if norm is None or not norm.is_open else ("LN" if norm.center else "RMS"),
+        normalization_type=None
+        if norm is None or not norm.is_open
+        else ("LN" if norm.center else "RMS"),
         positional_embedding_type=positions,
         gated_mlp=None if mlp is None else mlp.gate is not None,
         eps=None if norm is None or not norm.is_open else norm.eps,
@@ -103,4 +122,6 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    return next(
+        (value for name in names if (value := getattr(config, name, None)) is not None), None
+    )

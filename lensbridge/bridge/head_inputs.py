@@ -55,7 +55,9 @@ class HeadInputs:
             value = self.edited.pop(part, None)
             if value is None:
                 return
-            every = get_output(Call(call.module, (), {}, call.module.forward(self.norm.forward(value))))
+            every = get_output(
+                Call(call.module, (), {}, call.module.forward(self.norm.forward(value)))
+            )
             if projection.split is not None:
                 every = take_share(every, projection.split, projection.index)
             # every[..., i, :] is what all heads would make of head i's input; head i's own part is wanted.

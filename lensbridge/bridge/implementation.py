@@ -20,7 +20,11 @@ def implementations(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         config = module.__dict__.get("config")
-        if config is not None and id(config) not in seen and hasattr(config, "_attn_implementation"):
+        if (
+            config is not None
+            and id(config) not in seen
+            and hasattr(config, "_attn_implementation")
+        ):
             seen.add(id(config))
             found[path] = config
     return found
@@ -38,7 +42,10 @@ def openable(model: nn.Module) -> Iterator[None]:
     Raises:
         LensError: The model accepts neither.
     """
-    before = {id(config): (config, config._attn_implementation) for config in implementations(model).values()}
+    before = {
+        id(config): (config, config._attn_implementation)
+        for config in implementations(model).values()
+    }
     closed = [config for config, name in before.values() if name not in OPENABLE]
     try:
         for name in ("sdpa", "eager"):

@@ -32,7 +32,8 @@ def infer(model: nn.Module) -> Architecture:
     rotary = _child(trunk, table.ROTARY) or _child(stack[0], table.ROTARY)
     is_rotary = rotary is not None or _takes_rotary(stack[0])
     blocks = tuple(
-        _block(block, f"{stack_path}.{index}", config, is_rotary) for index, block in enumerate(stack)
+        _block(block, f"{stack_path}.{index}", config, is_rotary)
+        for index, block in enumerate(stack)
     )
     embed = _path_of(model, paths, "get_input_embeddings")
     unembed = _path_of(model, paths, "get_output_embeddings")
@@ -120,13 +121,15 @@ def _block(block: nn.Module, path: str, config: Any, is_rotary: bool) -> Block:
     )
 
 
-def _attention(block: nn.Module, name: str, block_path: str, config: Any, is_rotary: bool) -> Attention:
+def _attention(
+    block: nn.Module, name: str, block_path: str, config: Any, is_rotary: bool
+) -> Attention:
     attn = block.get_submodule(name)
     path = f"{block_path}.{name}"
     n_heads = _fact(attn, config, ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     n_kv = _fact(attn, config, ("num_key_value_heads", "num_kv_heads"), default=n_heads)
     o_name = _child(attn, table.O)
-    width = getattr(config, "hidden_size", None)
+    width: int = config.hidden_size
     if o_name is not None:
         width = features(attn.get_submodule(o_name))[0] or width
     joint = _child(attn, tuple(table.QKV))
@@ -136,15 +139,15 @@ def _attention(block: nn.Module, name: str, block_path: str, config: Any, is_rot
     d_head = d_head_v
     q = k = v = None
     if joint is not None:
-        total = features(attn.get_submodule(joint))[1]
+        total = features(attn.get_submodule(joint))[1] or 0
         d_head = total // (n_heads + 2 * n_kv)
         split = _split(table.QKV[joint], n_heads, n_kv, d_head)
         if sum(split.sizes) * split.groups == total:
             q, k, v = (Projection(f"{path}.{joint}", split, index) for index in range(3))
     elif q_name and k_name and v_name:
         q, k, v = (Projection(f"{path}.{name}") for name in (q_name, k_name, v_name))
-        d_head = features(attn.get_submodule(q_name))[1] // n_heads
-        n_kv = features(attn.get_submodule(k_name))[1] // d_head
+        d_head = (features(attn.get_submodule(q_name))[1] or width) // n_heads
+        n_kv = (features(attn.get_submodule(k_name))[1] or n_kv * d_head) // d_head
     return Attention(
         path=path,
         q=q,
@@ -173,7 +176,8 @@ def _mlp(block: nn.Module, name: str | None, block_path: str) -> Mlp | None:
     home = block if name is None else block.get_submodule(name)
     path = block_path if name is None else f"{block_path}.{name}"
     joint, gate, inp, out = (
-        _child(home, names) for names in (table.GATE_UP, table.MLP_GATE, table.MLP_IN, table.MLP_OUT)
+        _child(home, names)
+        for names in (table.GATE_UP, table.MLP_GATE, table.MLP_IN, table.MLP_OUT)
     )
     own_path = None if name is None else path
     if out is None or not isinstance(home.get_submodule(out), nn.Module):
@@ -201,7 +205,9 @@ def features(module: nn.Module) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _fact(module: nn.Module, config: Any, names: tuple[str, ...], default: int | None = None) -> int:
+def _fact(
+    module: nn.Module, config: Any, names: tuple[str, ...], default: int | None = None
+) -> int:
     for source in (module, config):
         for name in names:
             value = getattr(source, name, None)

@@ -49,9 +49,25 @@ def prepare(
     Raises:
         InputError: Nothing usable was given, or a keyword the model does not know.
     """
-    if type(value) is Tensor and value.dtype is torch.long and value.dim() == 2 and not given:
+    # The usual case, kept short: plain ids that are already where the model is.
+    is_plain = (
+        type(value) is Tensor and value.dtype is torch.long and value.dim() == 2 and not given
+    )
+    if (
+        is_plain
+        and attention_mask is None
+        and value.is_cpu
+        and value.device == device
+        and value.numel()
+    ):
+        return Inputs({"input_ids": value}, value, None)
         # The usual case, kept short: plain ids that are already where the model is.
-        if attention_mask is None and value.device == device and device.type == "cpu" and value.numel():
+        if (
+            attention_mask is None
+            and value.device == device
+            and device.type == "cpu"
+            and value.numel()
+        ):
             return Inputs({"input_ids": value}, value, None)
     check_keywords(model, given)
     if isinstance(value, str) or _is_list_of_text(value):
@@ -59,28 +75,38 @@ def prepare(
             raise InputError("text makes its own attention mask; pass token ids to bring one")
         ids, mask = tokens.batch(value, prepend_bos, padding_side)
         # Without padding the model is called as it would be on bare ids, fast kernels and all.
-        padded = not bool(mask.all())
-        return _with_mask(model, {"input_ids": ids}, ids, mask if padded else None, device, given)
+        padding = None if bool(mask.all()) else mask
+        return _with_mask(model, {"input_ids": ids}, ids, padding, device, given)
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
         if value.dim() != 3:
-            raise InputError(f"embeddings have shape [batch, pos, d_model], got {list(value.shape)}")
-        mask = _as_mask(attention_mask, value.shape[:2])
-        return _with_mask(model, {"inputs_embeds": value}, None, mask, device, given)
+            raise InputError(
+                f"embeddings have shape [batch, pos, d_model], got {list(value.shape)}"
+            )
+        return _with_mask(
+            model,
+            {"inputs_embeds": value},
+            None,
+            _as_mask(attention_mask, value.shape[:2]),
+            device,
+            given,
+        )
     if value is None:
         if not given:
             raise InputError("nothing to run: give text, token ids or embeddings")
-        mask = attention_mask
-        return _with_mask(model, {}, given.get("input_ids"), mask, device, given)
+        return _with_mask(model, {}, given.get("input_ids"), attention_mask, device, given)
     ids = as_ids(value)
     if ids.dim() == 1:
         ids = ids[None]
     if ids.dim() != 2 or ids.numel() == 0:
-        raise InputError(f"token ids have shape [pos] or [batch, pos] and are not empty, got {list(ids.shape)}")
-    if ids.device.type != "cpu" and ids.device.type != "meta":
+        raise InputError(
+            f"token ids have shape [pos] or [batch, pos] and are not empty, got {list(ids.shape)}"
+        )
+    if ids.device.type not in ("cpu", "meta"):
         # On an accelerator an id beyond the vocabulary kills the process; on the CPU it only raises.
         tokens.check_ids(ids)
-    mask = _as_mask(attention_mask, ids.shape)
-    return _with_mask(model, {"input_ids": ids}, ids, mask, device, given)
+    return _with_mask(
+        model, {"input_ids": ids}, ids, _as_mask(attention_mask, ids.shape), device, given
+    )
 
 
 def _with_mask(
@@ -93,7 +119,12 @@ def _with_mask(
 ) -> Inputs:
     if mask is not None:
         kwargs["attention_mask"] = mask
-        if mask.dim() == 2 and "position_ids" not in given and _has_gap(mask) and takes_positions(model):
+        if (
+            mask.dim() == 2
+            and "position_ids" not in given
+            and _has_gap(mask)
+            and takes_positions(model)
+        ):
             kwargs["position_ids"] = positions_from_mask(mask)
     if device is not None:
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
@@ -108,19 +139,23 @@ def _has_gap(mask: Tensor) -> bool:
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
+def _parameters(kind: Any) -> tuple[frozenset[str], bool]:
     parameters = inspect.signature(kind.forward).parameters.values()
-    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {
+        "self"
+    }
     return frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 @cache
 def _shared_keywords() -> frozenset[str]:
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-    from transformers.utils import TransformersKwargs
+    from transformers.utils.generic import TransformersKwargs
 
     shared = {*get_type_hints(TransformersKwargs), *get_type_hints(FlashAttentionKwargs)}
-    return frozenset({*shared, "output_attentions", "output_hidden_states", "return_dict", "use_cache"})
+    return frozenset(
+        {*shared, "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
+    )
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -128,7 +163,8 @@ def takes_positions(model: nn.Module) -> bool:
 
     Models whose positions start behind the padding index (RoBERTa) derive them from the ids themselves.
     """
-    names, _ = _parameters(type(model))
+    kind: Any = type(model)  # to mypy, a class of modules is not hashable
+    names, _ = _parameters(kind)
     return "position_ids" in names and not any(
         hasattr(module, "padding_idx") and hasattr(module, "create_position_ids_from_input_ids")
         for module in model.modules()
@@ -139,7 +175,8 @@ def check_keywords(model: nn.Module, given: dict[str, Any]) -> None:
     """Refuse keywords that would vanish in the model's ``**kwargs``."""
     if not given:
         return
-    names, takes_any = _parameters(type(model))
+    kind: Any = type(model)
+    names, takes_any = _parameters(kind)
     unknown = [name for name in given if name not in names]
     if takes_any:
         unknown = [name for name in unknown if name not in _shared_keywords()]

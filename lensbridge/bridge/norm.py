@@ -26,7 +26,9 @@ def describe_norm(module: nn.Module, path: str) -> Norm:
     The module's own ``forward`` runs once on a few random numbers with made-up weights, so it does not matter
     where its real weights are (meta, disk, another device).
     """
-    eps = next((float(value) for name in _EPS_NAMES if (value := _number(module, name)) is not None), None)
+    eps = next(
+        (float(value) for name in _EPS_NAMES if (value := _number(module, name)) is not None), None
+    )
     if eps is None:
         return Norm(path)
     weights = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
@@ -59,7 +61,9 @@ def _find_formula(
             return None  # not callable as a plain norm: then its inside has no names
         for center, offset in itertools.product((False, True), (0.0, 1.0)):
             norm = Norm("", center, eps, offset, is_open=True)
-            out = affine(norm, made.get("weight"), made.get("bias"), normalize(norm, x, scale(norm, x)))
+            out = affine(
+                norm, made.get("weight"), made.get("bias"), normalize(norm, x, scale(norm, x))
+            )
             if isinstance(expected, Tensor) and torch.allclose(out, expected, rtol=1e-4, atol=1e-4):
                 return center, offset
     return None
@@ -100,7 +104,7 @@ def output_from(
     normalized: Float[Tensor, "*batch d"],
     original: Float[Tensor, "*batch d"],
 ) -> Float[Tensor, "*batch d"]:
-    """The module's output when the normalised value is set; bit for bit `original` where it was not changed."""
+    """The output for a given normalised value; bit for bit `original` where that was not changed."""
     with torch.no_grad():
         untouched = normalized == normalize(norm, x, scale(norm, x))
     # accelerate may keep the weights elsewhere until the module itself runs.

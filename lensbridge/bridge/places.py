@@ -20,16 +20,20 @@ from .graft import graft
 
 
 @cache
-def _first_parameter(kind: type[nn.Module]) -> str:
+def _first_parameter(kind: Any) -> str:
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     return names[0] if names else ""
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module)  # Any: to mypy, a class of modules is not hashable
 
 
 def get_input(call: Call) -> Tensor:
     """The hidden state a module was called with: its first argument, by position or by name."""
     if call.args:
         return call.args[0]
-    name = _first_parameter(type(call.module))
+    name = _first_parameter(_kind(call.module))
     if name not in call.kwargs:
         raise ArchitectureError(
             f"{type(call.module).__name__} was called without its first argument {name!r}; "
@@ -44,7 +48,7 @@ def set_input(call: Call, value: Tensor) -> None:
     if call.args:
         call.args = (value, *call.args[1:])
     else:
-        call.kwargs = {**call.kwargs, _first_parameter(type(call.module)): value}
+        call.kwargs = {**call.kwargs, _first_parameter(_kind(call.module)): value}
 
 
 def get_output(call: Call) -> Tensor:
@@ -78,6 +82,22 @@ def whole_input() -> Tap:
     return Tap("input", get_input, set_input)
 
 
+def named_input(index: int, name: str) -> Tap:
+    """One argument of a module, by position or by name."""
+
+    def read(call: Call) -> Tensor:
+        return call.args[index] if len(call.args) > index else call.kwargs[name]
+
+    def write(call: Call, value: Tensor) -> None:
+        call.changed = True
+        if len(call.args) > index:
+            call.args = (*call.args[:index], value, *call.args[index + 1 :])
+        else:
+            call.kwargs = {**call.kwargs, name: value}
+
+    return Tap("input", read, write)
+
+
 def whole_output() -> Tap:
     """A module's output as it is."""
     return Tap("output", get_output, set_output)
@@ -85,7 +105,9 @@ def whole_output() -> Tap:
 
 def output_item(index: int) -> Tap:
     """One item of a tuple a module returns."""
-    return Tap("output", lambda call: call.output[index], lambda call, value: set_item(call, index, value))
+    return Tap(
+        "output", lambda call: call.output[index], lambda call, value: set_item(call, index, value)
+    )
 
 
 # --- heads and shares -----------------------------------------------------------------------------------
@@ -138,7 +160,9 @@ def projection_output(projection: Projection, heads: tuple[int, int] | None) -> 
     def write(call: Call, value: Tensor) -> None:
         if heads is not None:
             value = value.flatten(-2)
-        set_output(call, value if split is None else put_share(get_output(call), split, index, value))
+        set_output(
+            call, value if split is None else put_share(get_output(call), split, index, value)
+        )
 
     return Tap("output", read, write)
 
@@ -219,7 +243,7 @@ def _results(module: nn.Module, z: Float[Tensor, "batch pos head d_head"]) -> Te
         weight = _plain_weight(module)
         if weight is not None:
             return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (n, d)))
-    # A layer whose weight is not a plain matrix (quantised, LoRA): one head at a time through the layer itself.
+    # A layer whose weight is no plain matrix (quantised, LoRA): one head at a time through the layer itself.
     alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
     out = module.forward(alone)
     bias = bias_of(module, z.flatten(-2))
@@ -230,15 +254,18 @@ def _plain_weight(module: nn.Module) -> Tensor | None:
     """W as [in, out] when the layer is exactly x @ W (+ b)."""
     if type(module) is nn.Linear:
         return module.weight.T
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    ):
         return module.weight  # type: ignore[return-value]
     return None
 
 
 def bias_of(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a linear layer adds whatever its input; ``x`` is an input of it, for its shape."""
     if _plain_weight(module) is None:
         return module.forward(torch.zeros_like(x[..., :1, :]))
     with align_module_device(module):
         bias: Any = getattr(module, "bias", None)
         return None if bias is None else bias.clone() if bias.device.type == "meta" else bias
-

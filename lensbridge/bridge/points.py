@@ -57,7 +57,9 @@ class _Builder:
         *extra_aliases: str,
         is_default: bool = True,
     ) -> HookPoint:
-        point = HookPoint(name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default)
+        point = HookPoint(
+            name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default
+        )
         self.site(path).add(tap, point)
         self.points.append(point)
         return point
@@ -81,7 +83,9 @@ class _Builder:
         else:
             self.lacks(a.absent["pos_embed"], "pos_embed.hook_in", "pos_embed.hook_out")
         if a.rotary is not None:
-            self.add("rotary_emb.hook_in", a.rotary, places.whole_input(), _STREAM)
+            # Position ids: of the hidden state it is also given, a rotary module reads only the dtype.
+            position_ids = places.named_input(1, "position_ids")
+            self.add("rotary_emb.hook_in", a.rotary, position_ids, "batch pos")
             self.add("rotary_emb.hook_cos", a.rotary, places.output_item(0), "batch pos d_rotary")
             self.add("rotary_emb.hook_sin", a.rotary, places.output_item(1), "batch pos d_rotary")
         else:
@@ -108,7 +112,8 @@ class _Builder:
             if getattr(block, part) is None:
                 reason = f"this model's blocks have no {part} (no norm in that place)"
                 self.lacks(
-                    reason, *(f"{name}.{part}.hook_{p}" for p in ("in", "scale", "normalized", "out"))
+                    reason,
+                    *(f"{name}.{part}.hook_{p}" for p in ("in", "scale", "normalized", "out")),
                 )
         if block.ln1 is not None:
             self.norm(f"{name}.ln1", block.ln1, _STREAM)
@@ -171,7 +176,11 @@ class _Builder:
             "k": (attn.n_key_value_heads, attn.d_head),
             "v": (attn.n_key_value_heads, attn.d_head_v),
         }
-        axes = {"q": "batch pos head d_head", "k": "batch pos kv_head d_head", "v": "batch pos kv_head d_head"}
+        axes = {
+            "q": "batch pos head d_head",
+            "k": "batch pos kv_head d_head",
+            "v": "batch pos kv_head d_head",
+        }
         for part, projection in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
             self.projection(f"{name}.{part}", projection, heads[part], axes[part])
         for part, norm in (("q_norm", attn.q_norm), ("k_norm", attn.k_norm)):
@@ -180,7 +189,8 @@ class _Builder:
             else:
                 parts = ("in", "scale", "normalized", "out")
                 self.lacks(
-                    f"attention has no {part} in this model", *(f"{name}.{part}.hook_{p}" for p in parts)
+                    f"attention has no {part} in this model",
+                    *(f"{name}.{part}.hook_{p}" for p in parts),
                 )
         self.inside(name, attn)
         if attn.o is not None:
@@ -264,10 +274,14 @@ class _Builder:
         self, name: str, projection: Projection | None, heads: tuple[int, int] | None, axes: str
     ) -> None:
         if projection is None:
-            self.lacks("no projection of that role was recognised", f"{name}.hook_in", f"{name}.hook_out")
+            self.lacks(
+                "no projection of that role was recognised", f"{name}.hook_in", f"{name}.hook_out"
+            )
             return
         self.projection_input(f"{name}.hook_in", projection)
-        self.add(f"{name}.hook_out", projection.path, places.projection_output(projection, heads), axes)
+        self.add(
+            f"{name}.hook_out", projection.path, places.projection_output(projection, heads), axes
+        )
 
     def projection_input(self, name: str, projection: Projection) -> None:
         if projection.split is None:

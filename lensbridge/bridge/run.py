@@ -195,9 +195,11 @@ class Stack:
             return _NOTHING
         # Compiled code does not see hooks that came after its first call, and says nothing about it.
         compiled = self.model is not self.inner or any(
-            [module._compiled_call_impl is not None for module in (self.inner, *self.blocks)]
+            module._compiled_call_impl is not None for module in (self.inner, *self.blocks)
         )
-        closed = not is_openable(self.inner) and any(str(p.name).endswith(INSIDE_ATTENTION) for p in live)
+        closed = not is_openable(self.inner) and any(
+            str(p.name).endswith(INSIDE_ATTENTION) for p in live
+        )
         if not (compiled or closed):
             return _NOTHING
         conditions = ExitStack()
@@ -364,10 +366,15 @@ def record_run(
         registry: The model's points.
         run: Runs the model.
         names_filter: What to record.
-        device, pos_slice: As in `Recorder`.
+        device: Where to keep the tensors.
+        pos_slice: Positions to keep.
         backward: Picks the scalar to differentiate from what ``run`` returned; gradients are recorded too.
     """
-    points = [] if isinstance(names_filter, (list, tuple)) and not names_filter else registry.select(names_filter)
+    points = (
+        []
+        if isinstance(names_filter, (list, tuple)) and not names_filter
+        else registry.select(names_filter)
+    )
     edited = any(not listener.observes for point in registry.live for listener in point.fwd)
     recorder = Recorder(registry, points, device=device, pos_slice=pos_slice, copies=edited)
     with registry.hooks() as scope:

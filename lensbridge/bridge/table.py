@@ -67,7 +67,15 @@ GATE_UP = ("gate_up_proj",)
 
 POS_EMBED = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 ROTARY = ("rotary_emb",)
-LN_FINAL = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "layer_norm", "final_norm")
+LN_FINAL = (
+    "norm",
+    "ln_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "norm_f",
+    "layer_norm",
+    "final_norm",
+)
 
 # Attributes of a block that say its branches run side by side.
 PARALLEL_FLAGS = ("use_parallel_residual", "parallel_attn", "parallel_residual")

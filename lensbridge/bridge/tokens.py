@@ -1,4 +1,4 @@
-"""Text to tokens and back, with one rule for BOS and one for padding, whatever the tokenizer does by itself."""
+"""Text to tokens and back, with one rule for BOS and one for padding, whatever the tokenizer does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Tokens:
     def _learn(self, tokenizer: Any) -> None:
         self.eos_id = tokenizer.eos_token_id
         own_bos = tokenizer.bos_token_id
-        # A model trained without BOS (Qwen) is not given one unasked; asked for, EOS serves, as in TransformerLens.
+        # A model trained without BOS (Qwen) is not given one unasked; when asked for, EOS serves.
         self.cfg.default_prepend_bos = own_bos is not None
         self.bos_id = self.eos_id if own_bos is None else own_bos
         pads = (tokenizer.pad_token_id, self.eos_id, self.bos_id, 0)
@@ -72,7 +72,9 @@ class Tokens:
             ids = ids[:-1]
         wanted = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         if wanted and self.bos_id is None:
-            raise InputError("prepend_bos=True, but the tokenizer has neither a BOS nor an EOS token")
+            raise InputError(
+                "prepend_bos=True, but the tokenizer has neither a BOS nor an EOS token"
+            )
         if wanted and not self.prepends_bos:
             ids = [self.bos_id, *ids]
         elif not wanted and self.prepends_bos and ids and ids[0] == self.bos_id:
@@ -123,26 +125,36 @@ class Tokens:
         if ids.dim() <= 1:
             return tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
         if ids.dim() == 2:
-            return [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids.tolist()]
-        raise InputError(f"to_string takes ids of shape [pos] or [batch, pos], got {list(ids.shape)}")
+            return [
+                tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids.tolist()
+            ]
+        raise InputError(
+            f"to_string takes ids of shape [pos] or [batch, pos], got {list(ids.shape)}"
+        )
 
     def to_str_tokens(
         self, text: Any, prepend_bos: bool | None = None
     ) -> list[str] | list[list[str]]:
         """Each token of a text (or of ids) as a string; a list of texts gives a list of lists."""
-        tokenizer = self.need("to_str_tokens")
+        self.need("to_str_tokens")
         if isinstance(text, str):
             ids = self.encode(text, prepend_bos)
-        elif isinstance(text, (list, tuple)) and text and all(isinstance(item, str) for item in text):
-            return [self.to_str_tokens(item, prepend_bos) for item in text]  # type: ignore[misc]
+        elif (
+            isinstance(text, (list, tuple)) and text and all(isinstance(item, str) for item in text)
+        ):
+            return [self._str_tokens(self.encode(item, prepend_bos)) for item in text]
         else:
             given = as_ids(text)
             if given.dim() == 2 and given.shape[0] > 1:
-                return [self.to_str_tokens(row) for row in given]  # type: ignore[misc]
+                return [self._str_tokens(row) for row in given.tolist()]
             ids = given.reshape(-1).tolist()
-        return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+        return self._str_tokens(ids)
 
-    def to_single_token(self, text: str) -> int:
+    def _str_tokens(self, ids: list[int]) -> list[str]:
+        decode = self.tokenizer.decode
+        return [decode([token], clean_up_tokenization_spaces=False) for token in ids]
+
+    def to_single_token(self, text: Any) -> int:
         """The id of a text that is exactly one token.
 
         Raises:
@@ -157,11 +169,13 @@ class Tokens:
             )
         return ids[0]
 
-    def to_single_str_token(self, token: int) -> str:
+    def to_single_str_token(self, token: Any) -> str:
         """The text of one id."""
         tokenizer = self.need("to_single_str_token")
         if not isinstance(token, int) or isinstance(token, bool):
-            raise InputError(f"to_single_str_token takes one id, got {type(token).__name__}: {token!r}")
+            raise InputError(
+                f"to_single_str_token takes one id, got {type(token).__name__}: {token!r}"
+            )
         self.check_ids(torch.tensor([token]))
         return tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
@@ -187,7 +201,9 @@ class Tokens:
         wanted = self.to_single_token(token) if isinstance(token, str) else int(token)
         places = [index for index, held in enumerate(row) if held == wanted]
         if not places:
-            shown = repr(token) if self.tokenizer is None else f"{token!r} in {self.to_str_tokens(row)}"
+            shown = (
+                repr(token) if self.tokenizer is None else f"{token!r} in {self.to_str_tokens(row)}"
+            )
             raise InputError(f"token not found: {shown}")
         return places[0] if mode == "first" else places[-1]
 
@@ -198,12 +214,17 @@ class Tokens:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.cfg.d_vocab:
             bad = low if low < 0 else high
-            raise InputError(f"token id {bad} is outside the vocabulary of {self.cfg.d_vocab} (0 to {self.cfg.d_vocab - 1})")
+            raise InputError(
+                f"token id {bad} is outside the vocabulary of {self.cfg.d_vocab} "
+                f"(0 to {self.cfg.d_vocab - 1})"
+            )
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value)
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(item, str) for item in value)
     )
 
 
@@ -219,7 +240,9 @@ def as_ids(tokens: Any) -> Tensor:
         try:
             ids = torch.as_tensor(tokens, dtype=torch.long if tokens == [] else None)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"token ids must be integers in a tensor or a list, got {tokens!r}") from error
+            raise InputError(
+                f"token ids must be integers in a tensor or a list, got {tokens!r}"
+            ) from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"token ids must be integers, got {ids.dtype}")
     return ids

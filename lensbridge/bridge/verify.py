@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +86,9 @@ def verify(
         tolerance: For identities that hold up to float error.
     """
     checks = _Checks(model, registry, opened[1], tolerance)
-    checks.exact("logits with everything outside attention cached == bare logits", "logits", closed[0], bare)
+    checks.exact(
+        "logits with everything outside attention cached == bare logits", "logits", closed[0], bare
+    )
     checks.near("logits with everything cached == bare logits", "logits", opened[0], bare)
     for index in range(len(architecture.blocks)):
         checks.block(index, architecture)
@@ -115,12 +116,17 @@ class _Checks:
         pre, post = cache[f"{here}.hook_in"], cache[f"{here}.hook_out"]
         if index + 1 < len(architecture.blocks):
             self.exact(
-                "blocks.{i}.hook_out == blocks.{i+1}.hook_in", here, post, cache[f"blocks.{index + 1}.hook_in"]
+                "blocks.{i}.hook_out == blocks.{i+1}.hook_in",
+                here,
+                post,
+                cache[f"blocks.{index + 1}.hook_in"],
             )
         if block.attn is not None and block.mlp is not None:
             attn, mlp = cache[f"{here}.hook_attn_out"], cache[f"{here}.hook_mlp_out"]
             if block.is_parallel:
-                self.near("resid_pre + attn_out + mlp_out == resid_post", here, pre + attn + mlp, post)
+                self.near(
+                    "resid_pre + attn_out + mlp_out == resid_post", here, pre + attn + mlp, post
+                )
             else:
                 mid = cache[f"{here}.hook_resid_mid"]
                 self.near("resid_pre + attn_out == resid_mid", here, pre + attn, mid)
@@ -145,7 +151,9 @@ class _Checks:
         total = cache[f"{here}.hook_result"].sum(2)
         bias = bias_of(self.model.get_submodule(attn.o), z.flatten(-2))
         out = cache[f"{here}.o.hook_out"]
-        self.near("sum of hook_result over heads + b_O == attn.o.hook_out", here, _plus(total, bias), out)
+        self.near(
+            "sum of hook_result over heads + b_O == attn.o.hook_out", here, _plus(total, bias), out
+        )
 
 
 def _plus(x: Tensor, bias: Any) -> Tensor:

@@ -32,7 +32,9 @@ class PartView:
     def __dir__(self) -> list[str]:
         start = self._name + "."
         names = [*self._registry, *self._registry.aliases]
-        return sorted({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
+        return sorted(
+            {name[len(start) :].split(".")[0] for name in names if name.startswith(start)}
+        )
 
     def __repr__(self) -> str:
         points = [p for n, p in self._registry.items() if n.startswith(self._name + ".")]

@@ -26,7 +26,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
 ``hook_attn_out`` and ``hook_mlp_out`` name what is added to the stream, so they follow a norm after the
 branch; ``mlp.hook_pre`` is the gate of a gated MLP and the only input projection of a plain one."""
 
-_IN_ATTENTION = ("q", "k", "v", "z", "pattern", "attn_scores", "rot_q", "rot_k", "result", "q_normed", "k_normed")
+_IN_ATTENTION = (
+    "q",
+    "k",
+    "v",
+    "z",
+    "pattern",
+    "attn_scores",
+    "rot_q",
+    "rot_k",
+    "result",
+    "q_normed",
+    "k_normed",
+)
 _IN_MLP = ("pre", "post", "pre_linear")
 _SHORT = {
     "attn": "pattern",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from .errors import GradientError, HookValueError, InputError
 
 HookFunction = Callable[[Tensor, "HookPoint"], Any]
 """``fn(tensor, hook) -> Tensor | None``: None leaves the value, a tensor replaces it."""
-
-Direction = Literal["fwd", "bwd"]
 
 
 @runtime_checkable
@@ -54,7 +52,7 @@ class Listener:
         self,
         fn: HookFunction,
         point: HookPoint,
-        direction: Direction = "fwd",
+        direction: str = "fwd",
         *,
         level: int = 0,
         is_permanent: bool = False,
@@ -144,8 +142,8 @@ class HookPoint(nn.Module):
 
     def add_hook(
         self,
-        fn: HookFunction,
-        dir: Direction = "fwd",
+        fn: Any,
+        dir: str = "fwd",
         *,
         is_permanent: bool = False,
         level: int = 0,
@@ -176,13 +174,13 @@ class HookPoint(nn.Module):
         attach([listener], prepend=prepend)
         return listener
 
-    def add_perma_hook(self, fn: HookFunction, dir: Direction = "fwd") -> Listener:
+    def add_perma_hook(self, fn: Any, dir: str = "fwd") -> Listener:
         """Listen here through every ``reset_hooks()``."""
         return self.add_hook(fn, dir, is_permanent=True)
 
     def remove_hooks(
         self,
-        dir: Literal["fwd", "bwd", "both"] = "fwd",
+        dir: str = "fwd",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
@@ -200,7 +198,7 @@ class HookPoint(nn.Module):
 
     def has_hooks(
         self,
-        dir: Literal["fwd", "bwd", "both"] = "both",
+        dir: str = "both",
         including_permanent: bool = True,
         level: int | None = None,
     ) -> bool:
@@ -217,6 +215,11 @@ class HookPoint(nn.Module):
             and (including_permanent or not held.is_permanent)
             and (level is None or held.level == level)
         ]
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether somebody here may change the value or needs its gradient."""
+        return bool(self.bwd) or not all(held.observes for held in self.fwd)
 
     def clear_context(self) -> None:
         """Empty ``ctx``, the dictionary hook functions may keep notes in."""
@@ -260,8 +263,8 @@ class HookPoint(nn.Module):
             new = listener.fn(value, self)
             if new is not None:
                 value, written = self._checked(new, value, listener), True
-            elif version >= 0 and value._version != version:
-                written = True  # edited in place
+            elif version < 0 or value._version != version:
+                written = True  # edited in place; an inference tensor cannot tell, so it may have been
         if state["bwd"]:
             value, written = self._arm_backward(value), True
         return value if written else None

@@ -5,24 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Union
+from typing import Any
 
 from torch import nn
 
 from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
-from .point import Direction, HookFunction, HookPoint, Listener
+from .point import HookPoint, Listener
 from .scope import HookScope
 
-Selection = Union[None, str, re.Pattern[str], Callable[[str], bool], Iterable[Any]]
-"""What selects points: None (all), a name, alias or glob, a regex, a predicate on names, or a list of these."""
+Selection = Any
+"""None (every default point), a name, alias or glob, a regex, a predicate on names, or a list of these."""
 
 _GLOB = frozenset("*?[")
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """Like a path: ``*`` and ``?`` stay within one dotted part, ``**`` spans several, ``[0-3]`` is a set
-    and ``[!0]`` its opposite.
-    """
+    """Like a path: ``*`` and ``?`` stay within one dotted part, ``**`` spans several; ``[0-3]``, ``[!0]``."""
     pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
     special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     sets = {x: x.replace("[!", "[^", 1) for x in pieces if x.startswith("[") and x.endswith("]")}
@@ -73,7 +71,9 @@ class HookRegistry(Mapping[str, HookPoint]):
             PointError: The name or an alias is taken, or the point has no name.
         """
         names = [point.name, *point.aliases]
-        taken = [name for name in names if name is None or name in self._points or name in self.aliases]
+        taken = [
+            name for name in names if name is None or name in self._points or name in self.aliases
+        ]
         if taken:
             raise PointError(f"cannot register {point!r}: {taken[0]!r} is no free name")
         self._points[str(point.name)] = point
@@ -87,7 +87,7 @@ class HookRegistry(Mapping[str, HookPoint]):
 
     # --- mapping ---------------------------------------------------------------------------------
 
-    def __getitem__(self, name: str) -> HookPoint:
+    def __getitem__(self, name: Any) -> HookPoint:
         point = self._points.get(name) if isinstance(name, str) else None
         if point is not None:
             return point
@@ -111,7 +111,10 @@ class HookRegistry(Mapping[str, HookPoint]):
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """Points by canonical name and by alias."""
-        return {**self._points, **{alias: self._points[name] for alias, name in self.aliases.items()}}
+        return {
+            **self._points,
+            **{alias: self._points[name] for alias, name in self.aliases.items()},
+        }
 
     def order(self, point: HookPoint) -> int:
         """Where a point comes in a run; names are held in execution order."""
@@ -119,7 +122,7 @@ class HookRegistry(Mapping[str, HookPoint]):
             self._order = {name: index for index, name in enumerate(self._points)}
         return self._order[str(point.name)]
 
-    def canonical(self, name: str) -> str:
+    def canonical(self, name: Any) -> str:
         """The canonical name behind a name or alias.
 
         Raises:
@@ -155,13 +158,17 @@ class HookRegistry(Mapping[str, HookPoint]):
     def missing(self, name: object) -> PointError:
         """The exception for a name that leads nowhere."""
         if not isinstance(name, str):
-            return UnknownPointError(f"a point name is a string, got {type(name).__name__}: {name!r}")
+            return UnknownPointError(
+                f"a point name is a string, got {type(name).__name__}: {name!r}"
+            )
         reason = self.why(name)
         if reason is not None:
             return AbsentPointError(f"this model has no point {name!r}: {reason}")
         nearest = self.nearest(name)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        layers = sorted({int(m.group(1)) for k in self._points if (m := re.match(r"blocks\.(\d+)\.", k))})
+        layers = sorted(
+            {int(m.group(1)) for k in self._points if (m := re.match(r"blocks\.(\d+)\.", k))}
+        )
         asked = re.match(r"blocks\.(\d+)\.", name)
         if asked and layers and int(asked.group(1)) not in layers:
             hint = f"; the layers are {layers[0]} to {layers[-1]}" + hint
@@ -232,8 +239,8 @@ class HookRegistry(Mapping[str, HookPoint]):
     def add_hook(
         self,
         selection: Selection,
-        fn: HookFunction,
-        dir: Direction = "fwd",
+        fn: Any,
+        dir: str = "fwd",
         *,
         is_permanent: bool = False,
         level: int | None = None,
@@ -248,8 +255,8 @@ class HookRegistry(Mapping[str, HookPoint]):
 
     def hooks(
         self,
-        fwd_hooks: Iterable[tuple[Selection, HookFunction]] = (),
-        bwd_hooks: Iterable[tuple[Selection, HookFunction]] = (),
+        fwd_hooks: Iterable[Any] = (),
+        bwd_hooks: Iterable[Any] = (),
         *,
         clear_contexts: bool = False,
     ) -> HookScope:
@@ -259,7 +266,7 @@ class HookRegistry(Mapping[str, HookPoint]):
     def reset(
         self,
         clear_contexts: bool = True,
-        direction: Literal["fwd", "bwd", "both"] = "both",
+        direction: str = "both",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import HookNotFiredError, InputError
-from .point import Direction, HookFunction, HookPoint, Listener, attach, describe, discard
+from .point import HookFunction, HookPoint, Listener, attach, describe, discard
 
 
 @runtime_checkable
@@ -45,8 +45,8 @@ class HookScope:
     def __init__(
         self,
         registry: Registry,
-        fwd_hooks: Iterable[tuple[Any, HookFunction]] = (),
-        bwd_hooks: Iterable[tuple[Any, HookFunction]] = (),
+        fwd_hooks: Iterable[Any] = (),
+        bwd_hooks: Iterable[Any] = (),
         *,
         clear_contexts: bool = False,
     ) -> None:
@@ -75,7 +75,7 @@ class HookScope:
         self,
         points: Iterable[HookPoint],
         fn: HookFunction,
-        dir: Direction = "fwd",
+        dir: str = "fwd",
         *,
         must_fire: bool = False,
     ) -> None:
@@ -141,13 +141,15 @@ class HookScope:
                 )
 
 
-def _resolve(registry: Registry, pair: Any, dir: Direction) -> tuple[Any, list[Listener]]:
+def _resolve(registry: Registry, pair: Any, dir: str) -> tuple[Any, list[Listener]]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(f"a hook is a pair (name or filter, function), got {pair!r}")
     what, fn = pair
     if isinstance(what, HookPoint):
         what = what.name
     if not callable(fn):
-        raise InputError(f"hook function for {what!r} must be callable, got {type(fn).__name__}: {fn!r}")
+        raise InputError(
+            f"hook function for {what!r} must be callable, got {type(fn).__name__}: {fn!r}"
+        )
     name = "every point" if what is None else what
     return name, [Listener(fn, point, dir) for point in registry.select(what)]

@@ -30,6 +30,11 @@ class Span(TorchFunctionMode):
         """Whether the mode is on this thread's stack."""
         return self in self.open_spans
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody listens inside."""
+        return any(point.fwd or point.bwd for point in self.points)
+
     def before(self) -> None:
         """The module is about to run."""
         self.open()

@@ -33,7 +33,11 @@ class Call:
     __slots__ = ("args", "changed", "kwargs", "module", "output", "scratch")
 
     def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any = None,
     ) -> None:
         self.module = module
         self.args = args
@@ -118,15 +122,14 @@ class Site:
                 outputs.append(pair)
                 continue
             inputs.append(pair)
-            edits = edits or bool(point.bwd) or not all([held.observes for held in point.fwd])
+            edits = edits or point.is_edited
         # Nothing fires inside a leaf, so its input can as well be shown when it is done: one hook, not two.
         # Not once the first hook is there: an editor may leave in mid-call, and nobody must be shown twice.
         if inputs and self._is_leaf and not edits and self._before is None:
             inputs, outputs = [], inputs + outputs
         self._inputs = inputs
         self._outputs = outputs
-        span = self.span
-        spanning = span is not None and any([point.fwd or point.bwd for point in span.points])
+        spanning = self.span is not None and self.span.is_wanted
         before = bool(inputs) or spanning
         after = bool(outputs) or spanning
         if before != (self._before is not None):
@@ -157,9 +160,8 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = Call(module, args, kwargs)
         self._show(call, self._inputs)
-        span = self.span
-        if span is not None and any([point.fwd or point.bwd for point in span.points]):
-            span.before()
+        if self.span is not None and self.span.is_wanted:
+            self.span.before()
         return (call.args, dict(call.kwargs)) if call.changed else None
 
     def _on_output(
@@ -187,6 +189,10 @@ def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
         if isinstance(tap, Action):
             tap.run(call)
             continue
-        new = point.fire(tap.read(call))
+        value = tap.read(call)
+        if tap.side == "input" and point.is_edited:
+            # Others read this tensor too; an edit in place must reach this module alone.
+            value = value.clone()
+        new = point.fire(value)
         if new is not None:
             tap.write(call, new)

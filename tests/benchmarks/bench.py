@@ -163,7 +163,6 @@ def measure(name: str, rounds: int) -> Iterator[Row]:
     model = build()
     eager = build(attn_implementation="eager")
     eager.load_state_dict(model.state_dict())
-    wrap, _ = compare(lambda: TransformerBridge(model), lambda: None, 5)
     bridge = TransformerBridge(model)
     start = timed(lambda: TransformerBridge(model)) * 1e3
     ids = torch.randint(0, 1000, (1, length))
@@ -211,7 +210,8 @@ def main() -> None:
     rows = [row for name in CASES if options.only in name for row in measure(name, options.rounds)]
     for row in [*rows, import_ratio()]:
         print(
-            f"| {row.model} | {row.what} | {row.against} | {row.ratio:.2f} | {row.theirs_ms:.2f} | {row.budget} |"
+            f"| {row.model} | {row.what} | {row.against} | {row.ratio:.2f} | {row.theirs_ms:.2f} "
+            f"| {row.budget} |"
         )
 
 

@@ -1,0 +1,5 @@
+"""``python -m lensbridge`` is the command ``lensbridge``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""Points and who listens there: the part of a bridge that faces its registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from ..hooks import HookPoint, HookRegistry, HookScope, Listener
+from ..hooks.registry import Selection
+from .config import BridgeConfig
+from .view import BlocksView, PartView
+
+Hooks = Iterable[Any]
+"""Pairs (name or filter, function)."""
+
+
+class Listening:
+    """Hook points and the functions set on them."""
+
+    registry: HookRegistry
+    cfg: BridgeConfig
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every point by canonical name and by alias."""
+        return self.registry.hook_dict
+
+    def hook_points(self) -> list[HookPoint]:
+        """Every point, in execution order."""
+        return list(self.registry.values())
+
+    def get_hook_point(self, name: str) -> HookPoint:
+        """The point behind a name or alias.
+
+        Raises:
+            UnknownPointError, AbsentPointError: No such point; the message says the nearest, or why not.
+        """
+        return self.registry[name]
+
+    def why(self, name: str) -> str | None:
+        """Why this model lacks a canonical point; None when it has it."""
+        return self.registry.why(name)
+
+    def set_use_attn_result(self, use: bool = True) -> None:
+        """Whether "every point" includes what each head adds to the stream (``attn.hook_result``)."""
+        self._include(use, "blocks.*.attn.hook_result")
+
+    def set_use_split_qkv_input(self, use: bool = True) -> None:
+        """Whether "every point" includes each head's own copy of its input (``hook_q_input``, ...)."""
+        self._include(use, "blocks.*.attn.hook_[qkv]_input")
+
+    def set_use_attn_in(self, use: bool = True) -> None:
+        """Whether "every point" includes ``attn.hook_attn_in``."""
+        self._include(use, "blocks.*.attn.hook_attn_in")
+
+    def _include(self, use: bool, names: str) -> None:
+        for point in self.registry.select(names):
+            point.__dict__["is_default"] = use
+        self.registry.forget_selections()
+
+    @cached_property
+    def blocks(self) -> BlocksView:
+        """The layers' points: ``bridge.blocks[0].attn.hook_pattern``."""
+        return BlocksView(self.registry, self.cfg.n_layers)
+
+    @property
+    def embed(self) -> PartView:
+        """The token embedding's points."""
+        return PartView(self.registry, "embed")
+
+    @property
+    def pos_embed(self) -> PartView:
+        """The position embedding's points."""
+        return PartView(self.registry, "pos_embed")
+
+    @property
+    def ln_final(self) -> PartView:
+        """The final norm's points."""
+        return PartView(self.registry, "ln_final")
+
+    @property
+    def unembed(self) -> PartView:
+        """The head's points."""
+        return PartView(self.registry, "unembed")
+
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        *,
+        clear_contexts: bool = False,
+    ) -> HookScope:
+        """Hooks for the length of a ``with`` block.
+
+        Args:
+            fwd_hooks: Pairs (name or filter, ``fn(tensor, hook)``).
+            bwd_hooks: Pairs (name or filter, ``fn(grad, hook)``).
+            clear_contexts: Empty the points' ``ctx`` afterwards.
+        Raises:
+            HookNotFiredError: On leaving, when the model ran and a forward hook was never reached.
+        """
+        return self.registry.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts)
+
+    def add_hook(
+        self,
+        name: Selection,
+        hook: Any,
+        dir: str = "fwd",
+        *,
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> list[Listener]:
+        """Listen until `reset_hooks` (or, if permanent, until removed); returns the listeners."""
+        return self.registry.add_hook(
+            name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend
+        )
+
+    def add_perma_hook(self, name: Selection, hook: Any, dir: str = "fwd") -> list[Listener]:
+        """Listen through every `reset_hooks`."""
+        return self.registry.add_hook(name, hook, dir, is_permanent=True)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: str = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove listeners from every point."""
+        self.registry.reset(clear_contexts, direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """Empty every point's ``ctx``."""
+        for point in self.registry.values():
+            point.clear_context()
+
+    def list_hooks(
+        self,
+        name_filter: Selection = None,
+        dir: str = "both",
+        including_permanent: bool = True,
+    ) -> dict[str, list[Listener]]:
+        """Who listens where: listeners by canonical name, silent points left out."""
+        points = self.hook_points() if name_filter is None else self.registry.select(name_filter)
+        found = {
+            str(point.name): [
+                listener
+                for listener in (*point.fwd, *point.bwd)
+                if dir in ("both", listener.direction)
+                and (including_permanent or not listener.is_permanent)
+            ]
+            for point in points
+        }
+        return {name: listeners for name, listeners in found.items() if listeners}

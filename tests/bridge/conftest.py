@@ -1,0 +1,82 @@
+"""Fixtures of the bridge's tests: the same places reached by hand, and what a model looks like from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+def _load(name: str) -> ModuleType:
+    """A helper file beside this one; tests cannot import each other by name."""
+    full = f"lensbridge_tests_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
+@pytest.fixture(scope="session")
+def byhand() -> Any:
+    """The module `byhand.py`."""
+    return _load("byhand")
+
+
+_SHARED: dict[str, Any] = {}
+
+
+def _looks_used(bridge: Any) -> bool:
+    """Whether a test left anything on a model that the next one would see."""
+    model = bridge.original_model
+    return (
+        model.training
+        or model.dtype != torch.float32
+        or model.config._attn_implementation != "sdpa"
+        or model._compiled_call_impl is not None
+        or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        or any(point.fwd or point.bwd or point.ctx for point in bridge.registry.values())
+        or not all(p.requires_grad and p.grad is None for p in model.parameters())
+    )
+
+
+@pytest.fixture
+def bridge(family: str, tiny: Callable[..., nn.Module], tokenizer: Any) -> Iterator[Any]:
+    """A bridge around a tiny model; built once a family, again after a test that left traces on it."""
+    from lensbridge import TransformerBridge
+
+    if family not in _SHARED:
+        _SHARED[family] = TransformerBridge(tiny(family), tokenizer)
+    yield _SHARED[family]
+    if _looks_used(_SHARED[family]):
+        del _SHARED[family]
+
+
+@pytest.fixture
+def model(bridge: Any) -> nn.Module:
+    """The model of `bridge`."""
+    return bridge.original_model
+
+
+@pytest.fixture
+def fresh(tiny: Callable[..., nn.Module], tokenizer: Any) -> Callable[..., Any]:
+    """``fresh("llama", num_hidden_layers=3)``: a new bridge around a new model, for tests that change it."""
+    from lensbridge import TransformerBridge
+
+    return lambda name, **overrides: TransformerBridge(tiny(name, **overrides), tokenizer)
+
+
+@pytest.fixture
+def hand(byhand: Any, model: nn.Module, family: str) -> Any:
+    """A copy of ``model``, read and edited with plain PyTorch hooks."""
+    return byhand.ByHand(model, family)
