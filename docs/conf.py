@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+# For the notebooks' kernels and the models of the list of names: no network, no bars in the output.
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
 
 project = "lensbridge"
 author = "lensbridge developers"
@@ -12,6 +19,7 @@ release = installed_version("lensbridge")
 version = release
 
 extensions = [
+    "names",  # docs/_ext/names.py
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -26,13 +34,17 @@ if os.environ.get("LENSBRIDGE_DOCS_ONLINE"):
         "torch": ("https://docs.pytorch.org/docs/stable", None),
     }
 
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "generated/points.md"]
 templates_path = ["_templates"]
 nitpicky = False
+# Several classes may have an attribute of one name ("device"); Sphinx calls a mention of it ambiguous.
+suppress_warnings = ["ref.python"]
 
-# Notebooks and code cells are shown as they are stored; "force" runs them at every build.
-nb_execution_mode = "off"
+# Pages with code cells are run at every build, and a cell that fails ends it.
+nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_timeout = 60
+nb_execution_show_tb = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 

@@ -57,7 +57,7 @@ def build_tiny(name: str, kind: str = "causal", **overrides: Any) -> nn.Module:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """``tiny("llama", num_hidden_layers=3)`` builds a fresh tiny model."""
     return build_tiny
@@ -93,6 +93,12 @@ def ids() -> torch.Tensor:
 def tokenizer() -> Any:
     """One token a character, with BOS 1, EOS 2 and a pad token 0; adds nothing by itself."""
     return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def new_tokenizer() -> Callable[..., Any]:
+    """``new_tokenizer(pad_token=None)`` builds another one."""
+    return build_tokenizer
 
 
 def build_tokenizer(**special: Any) -> Any:

@@ -106,10 +106,16 @@ class AttentionSpan(Span):
             dead = torch.isneginf(attn_mask).all(-1, keepdim=True)
             scores = scores + attn_mask
         scores = self._fire_square(self.scores, scores)
-        # float32 inside the softmax, as in the models' own eager code.
-        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        if dead is not None and bool(dead.any()):
-            # A row that may look nowhere (padding) gets zeros from the fused kernel, not NaN.
+        if dead is not None and not bool(dead.any()):
+            dead = None
+        if dead is not None:
+            # A row that may look nowhere (padding) gets zeros from the fused kernel, not NaN. Filled before
+            # the softmax as well, or its gradient would be NaN.
+            scores = scores.masked_fill(dead, 0.0)
+        # At least float32 inside the softmax, as in the models' own eager code.
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        pattern = torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype)
+        if dead is not None:
             pattern = pattern.masked_fill(dead, 0.0)
         if dropout_p > 0.0:
             pattern = F.dropout(pattern, dropout_p)

@@ -43,10 +43,17 @@ def load(
         raise InputError(f"give device or {placed[0]}, not both")
     if hf_model is not None:
         clash = {
+            "hf_config_overrides": hf_config_overrides,
+            "load_weights": None if load_weights else False,
+            "model_class": model_class,
             "device_map": device_map,
             "n_devices": n_devices,
             "max_memory": max_memory,
             "n_ctx": n_ctx,
+            "revision": revision,
+            "checkpoint_index": checkpoint_index,
+            "checkpoint_value": checkpoint_value,
+            **hf_kwargs,
         }
         given = [name for name, value in clash.items() if value is not None]
         if given:
@@ -182,6 +189,10 @@ def native(config: BridgeConfig) -> nn.Module:
         raise InputError(
             f"normalization_type={norm!r} with positional_embedding_type={positions!r}: boot_native makes "
             "'LN' with 'standard' (a GPT-2) or 'RMS' with 'rotary' (a Llama)"
+        )
+    if config.parallel_attn_mlp:
+        raise InputError(
+            "parallel_attn_mlp=True: boot_native makes models with one branch after the other"
         )
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices):

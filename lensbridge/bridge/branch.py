@@ -7,6 +7,7 @@ tensor must stand in for the original in every operation until the block ends; t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,15 +22,15 @@ class BranchSpan(Span):
 
     def __init__(self, point: HookPoint) -> None:
         super().__init__((point,))
-        self._old: Tensor | None = None
-        self._new: Tensor | None = None
 
     def before(self) -> None:
         """Nothing to watch when the block starts: an edit opens the span."""
 
     def close(self) -> None:
         """The block is over (or failed): stop substituting."""
-        self._old = self._new = None
+        if self.is_open:
+            # Pairs of this span only: another bridge's span on the same block may be open too.
+            _edits.pairs = [pair for pair in _edits.pairs if pair[0] is not self]
         super().close()
 
     def tap(self) -> Tap:
@@ -37,7 +38,7 @@ class BranchSpan(Span):
 
         def write(call: Call, value: Tensor) -> None:
             self.open()
-            self._old, self._new = get_input(call), value
+            _edits.pairs = [*_edits.pairs, (self, get_input(call), value)]
             set_input(call, value)
 
         return Tap("input", get_input, write)
@@ -49,12 +50,30 @@ class BranchSpan(Span):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        args = tuple(self._swap(value) for value in args)
-        return func(*args, **{name: self._swap(value) for name, value in (kwargs or {}).items()})
+        args = tuple(_swap(value) for value in args)
+        return func(*args, **{name: _swap(value) for name, value in (kwargs or {}).items()})
 
-    def _swap(self, value: Any) -> Any:
-        if value is self._old:
-            return self._new
-        if isinstance(value, (tuple, list)) and any(item is self._old for item in value):
-            return type(value)([self._swap(item) for item in value])
+
+class _Edits(threading.local):
+    """The edits in force on this thread, oldest first: (span, original, what stands in for it)."""
+
+    pairs: list[tuple[BranchSpan, Tensor, Tensor]] = []  # noqa: RUF012 - replaced, never changed
+
+
+_edits = _Edits()
+
+
+def _swap(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        for _, old, new in _edits.pairs:
+            if value is old:
+                value = new
         return value
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        swapped = [_swap(item) for item in value]
+        return (
+            value
+            if all(a is b for a, b in zip(value, swapped, strict=True))
+            else type(value)(swapped)
+        )
+    return value

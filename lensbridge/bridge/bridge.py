@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..hooks import HookRegistry, InputError
+from ..hooks import HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from . import boot
 from .architecture import Architecture
@@ -169,6 +170,12 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         model = boot.native(cfg)
         return cls(model.to(device=device, dtype=dtype), tokenizer)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
+        return type(self)(copy.deepcopy(self.original_model, memo), self.tokenizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.original_model, self.tokenizer)
+
     def __repr__(self) -> str:
         c = self.cfg
         sizes = (
@@ -206,10 +213,10 @@ class TransformerBridge(ModelState, Listening, TextMethods):
                 record_run(self.registry, lambda: self.forward(tokens), names_filter=names)
                 for names in (every, outside)
             )
-        tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
-        return verify(
-            self._inner, self.architecture, self.registry, bare, opened, closed, tolerance
-        )
+            tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
+            return verify(
+                self._inner, self.architecture, self.registry, bare, opened, closed, tolerance
+            )
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -286,16 +293,20 @@ class TransformerBridge(ModelState, Listening, TextMethods):
                 with self._stack.entered_at(start, residual):
                     return self._go(inputs, stop)
             return self._go(inputs, stop)
-        except IndexError as error:
-            # The embedding lookup failed; say which token or length it was.
-            if inputs.tokens is not None:
-                self._tokens.check_ids(inputs.tokens)
-                n_ctx, length = self.cfg.n_ctx, inputs.tokens.shape[1]
-                if n_ctx is not None and length > n_ctx:
-                    raise InputError(
-                        f"{length} tokens are more than the {n_ctx} this model has positions for"
-                    ) from error
+        except (IndexError, RuntimeError) as error:
+            self._explain(error, inputs)
             raise
+
+    def _explain(self, error: Exception, inputs: Inputs) -> None:
+        """Where a lookup of tokens or positions failed, say which token or length it was."""
+        if inputs.tokens is None or isinstance(error, LensError):
+            return
+        self._tokens.check_ids(inputs.tokens)
+        n_ctx, length = self.cfg.n_ctx, inputs.tokens.shape[1]
+        if self.architecture.pos_embed is not None and n_ctx is not None and length > n_ctx:
+            raise InputError(
+                f"{length} tokens are more than the {n_ctx} this model has positions for"
+            ) from error
 
     def _go(self, inputs: Inputs, stop: int | None) -> Any:
         if stop is None:
@@ -433,6 +444,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         if reset_hooks_end:
             with self.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts):
                 return self.forward(input, *args, **kwargs)
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
         # Resolve all names before anything is set.
         with self.hooks(fwd_hooks, bwd_hooks):
             pass
@@ -463,4 +475,8 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         )
         given = dict(inputs.kwargs)
         given.pop("position_ids", None)  # generate makes its own from the mask
-        return self._stack.generate({**given, **kwargs})
+        try:
+            return self._stack.generate({**given, **kwargs})
+        except (IndexError, RuntimeError) as error:
+            self._explain(error, inputs)
+            raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..hooks import HookRegistry, InputError, LayerRangeError, UnknownPointError
 from ..hooks.names import act_name
 
-SliceInput = int | slice | tuple[Any, ...] | list[int] | Tensor | None
+SliceInput = Any
 """None (all), an index (drops the dimension), a slice or (start, stop[, step]), or a list of indices."""
 
 _GRAD = "_grad"
@@ -54,6 +54,13 @@ class ActivationCache(Mapping[str, Tensor]):
             return False
         return True
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The tensor, or the default where there is none of that name, layer or shape of key."""
+        try:
+            return self[key]
+        except (KeyError, InputError, LayerRangeError):
+            return default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.cache_dict)
 
@@ -73,6 +80,8 @@ class ActivationCache(Mapping[str, Tensor]):
         if canonical not in self.cache_dict:
             held = ", ".join(list(self.cache_dict)[:4]) or "nothing"
             what = "gradient of it (incl_bwd=True asks for gradients)" if is_grad else "such point"
+            if not (is_grad or self.registry[bare].is_default):
+                what = "such point: it multiplies memory, so it is computed only when names_filter names it"
             raise UnknownPointError(
                 f"{name!r} exists in the model but the run cached no {what}; cached: {held}"
                 + (f" and {len(self) - 4} more" if len(self) > 4 else "")
@@ -189,7 +198,9 @@ def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
         raise InputError(
             "a slice is None, an int, a slice, (start, stop), or a list of indices, got a bool"
         )
+    length = tensor.shape[dim]
     if isinstance(what, int):
+        _check_index(what, length)
         return tensor.select(dim, what)
     if isinstance(what, tuple):
         what = slice(*what)
@@ -197,7 +208,16 @@ def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
         index: list[Any] = [slice(None)] * dim
         return tensor[(*index, what)]
     if isinstance(what, (list, Tensor)):
-        return tensor.index_select(dim, torch.as_tensor(what, device=tensor.device).reshape(-1))
+        indices = torch.as_tensor(what, device=tensor.device).reshape(-1)
+        for index in indices.tolist():
+            _check_index(int(index), length)
+        # index_select knows no negative indices.
+        return tensor.index_select(dim, torch.where(indices < 0, indices + length, indices))
     raise InputError(
         f"a slice is None, an int, a slice, (start, stop), or a list of indices, got {type(what).__name__}"
     )
+
+
+def _check_index(index: int, length: int) -> None:
+    if not -length <= index < length:
+        raise InputError(f"index {index} is outside the {length} entries of that dimension")

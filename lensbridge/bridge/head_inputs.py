@@ -1,7 +1,9 @@
 """What each head reads: a copy of the residual stream for every head, edited one head at a time.
 
 The model computes no such copies; they exist while somebody listens. An edit is carried out where the
-projection makes its output: each head's share is computed again from that head's own copy.
+projection makes its output: each head's share is computed again from that head's own copy. Listening for
+gradients counts as an edit: the gradient then flows through the copies, past the norm's and projection's own
+points.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ def _shared_keywords() -> frozenset[str]:
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
     from transformers.utils.generic import TransformersKwargs
 
-    shared = {*get_type_hints(TransformersKwargs), *get_type_hints(FlashAttentionKwargs)}
+    # Names only: their annotations mention things those modules import for type checkers alone.
+    shared = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     return frozenset(
         {*shared, "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
     )
@@ -194,6 +195,8 @@ def _as_mask(mask: Any, shape: Any) -> Tensor | None:
     mask = torch.as_tensor(mask)
     if mask.dim() == 1:
         mask = mask[None]
+    if mask.dim() == 2 and mask.dtype == torch.bool:
+        mask = mask.long()
     if mask.dim() == 2 and (mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
         raise InputError(f"attention_mask has shape {list(mask.shape)} but the input {list(shape)}")
     return mask

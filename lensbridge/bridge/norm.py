@@ -56,9 +56,12 @@ def _find_formula(
     twin.__dict__["_parameters"] = {name: made.get(name) for name in module._parameters}
     with torch.no_grad():
         try:
-            expected = type(module).forward(twin, x)
+            given = x.clone()
+            expected = type(module).forward(twin, given)
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             return None  # not callable as a plain norm: then its inside has no names
+        if not torch.equal(given, x):
+            return None  # works in place
         for center, offset in itertools.product((False, True), (0.0, 1.0)):
             norm = Norm("", center, eps, offset, is_open=True)
             out = affine(
@@ -75,8 +78,8 @@ def _number(module: nn.Module, name: str) -> float | None:
 
 
 def scale(norm: Norm, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-    """What the input is divided by, in float32."""
-    x = _centered(norm, x.float())
+    """What the input is divided by, in float32 (float64 for a float64 input)."""
+    x = _centered(norm, _wide(x))
     return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
@@ -84,7 +87,7 @@ def normalize(
     norm: Norm, x: Float[Tensor, "*batch d"], by: Float[Tensor, "*batch 1"]
 ) -> Float[Tensor, "*batch d"]:
     """The input, centred if the norm centres, over the scale; in the input's dtype."""
-    return (_centered(norm, x.float()) / by).to(x.dtype)
+    return (_centered(norm, _wide(x)) / by).to(x.dtype)
 
 
 def affine(
@@ -111,6 +114,10 @@ def output_from(
     with align_module_device(module):
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         return graft(original, affine(norm, weight, bias, normalized), untouched)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _centered(norm: Norm, x: Tensor) -> Tensor:

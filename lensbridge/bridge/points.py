@@ -5,11 +5,12 @@ The one list of canonical points. Order is execution order.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..hooks import HookPoint, HookRegistry, Site, Tap
+from ..hooks import HookPoint, HookRegistry, Site, Tap, Unsettled
 from ..hooks.names import aliases_of
 from . import places
 from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection
@@ -18,6 +19,8 @@ from .branch import BranchSpan
 from .head_inputs import HeadInputs
 
 _STREAM = "batch pos d_model"
+# Modules that change none of their arguments; norms join them once their formula is known.
+_PURE = (nn.Linear, nn.Embedding, Conv1D)
 
 
 def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry:
@@ -31,7 +34,7 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     """
     builder = _Builder(model, architecture)
     builder.build()
-    return HookRegistry(builder.points, builder.absent, builder.open_spans)
+    return HookRegistry(builder.points, builder.absent, builder.unsettled)
 
 
 class _Builder:
@@ -41,11 +44,14 @@ class _Builder:
         self.points: list[HookPoint] = []
         self.absent: dict[str, str] = {}
         self.sites: dict[str, Site] = {}
-        self.open_spans: set[Any] = set()
+        self.pure = {norm.path for norm in _norms(architecture) if norm.is_open}
+        self.unsettled = Unsettled()
 
     def site(self, path: str) -> Site:
         if path not in self.sites:
-            self.sites[path] = Site(self.modules[path], self.open_spans)
+            module = self.modules[path]
+            is_pure = isinstance(module, _PURE) or path in self.pure
+            self.sites[path] = Site(module, self.unsettled, is_pure=is_pure)
         return self.sites[path]
 
     def add(
@@ -317,6 +323,13 @@ class _Builder:
         if exit_path is not None:
             alias_out = () if block.ln2_post is not None else (f"{block_name}.hook_mlp_out",)
             self.add(f"{name}.hook_out", exit_path, places.whole_output(), _STREAM, *alias_out)
+
+
+def _norms(architecture: Architecture) -> Iterator[Norm]:
+    parts: list[object] = [architecture, *architecture.blocks]
+    parts += [block.attn for block in architecture.blocks if block.attn is not None]
+    for part in parts:
+        yield from (value for value in vars(part).values() if isinstance(value, Norm))
 
 
 def _entry(mlp: Mlp | None) -> str | None:

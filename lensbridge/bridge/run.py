@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..hooks import (
+    GradientError,
     HookFunction,
     HookPoint,
     HookRegistry,
@@ -74,21 +75,28 @@ class Stack:
 
     def call(self, kwargs: dict[str, Any]) -> Any:
         """Run the whole model."""
-        try:
-            with self._conditions():
-                out = self.model(**kwargs)
-        finally:
-            self.registry.settle()
+        out = self._run(self.model, kwargs)
         self._note()
         return out
 
-    def generate(self, kwargs: dict[str, Any]) -> Any:
-        """Run Hugging Face's ``generate``."""
+    def _run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        registry = self.registry
+        if registry.running and registry.unsettled.spans:
+            raise LensError(
+                "the bridge was run from inside a hook at a place that is being watched (inside attention, "
+                "or after an edit of hook_resid_mid); collect what you need before the outer run"
+            )
+        registry.running += 1
         try:
             with self._conditions():
-                out = self.inner.generate(**kwargs)  # type: ignore[operator]
+                return fn(**kwargs)
         finally:
-            self.registry.settle()
+            registry.running -= 1
+            registry.settle()
+
+    def generate(self, kwargs: dict[str, Any]) -> Any:
+        """Run Hugging Face's ``generate``."""
+        out = self._run(self.inner.generate, kwargs)  # type: ignore[arg-type]
         self._note()
         return out
 
@@ -106,14 +114,12 @@ class Stack:
         # Before block `layer` nothing of it is heard; behind the last block everything of it is.
         attach([listener], prepend=not last)
         try:
-            with self._conditions():
-                self.model(**kwargs)
+            self._run(self.model, kwargs)
         except _Stopped as stopped:
             self._note(point)
             return stopped.value
         finally:
             discard([listener])
-            self.registry.settle()
         raise LensError(f"the model ran to its end without passing {name}")
 
     @contextmanager
@@ -140,7 +146,7 @@ class Stack:
 
         skipped = self.blocks[:layer]
         own = [block.__dict__.get("forward") for block in skipped]
-        muted = [self._mute(index) for index in range(layer)]
+        muted = self._mute(layer)
         try:
             for block in skipped:
                 block.__dict__["forward"] = skip
@@ -154,11 +160,15 @@ class Stack:
             for site in muted:
                 site.mute(frozenset())
 
-    def _mute(self, index: int) -> Site:
-        points = [self.registry[f"blocks.{index}.hook_{side}"] for side in ("in", "out")]
-        site = next(owner for owner in points[0].owners if isinstance(owner, Site))
-        site.mute(frozenset(points))
-        return site
+    def _mute(self, layer: int) -> list[Site]:
+        """Silence the points of skipped layers, and of positions that are added to nothing."""
+        before = [f"blocks.{index}" for index in range(layer)] + ["pos_embed"]
+        names = [f"{part}.hook_{side}" for part in before for side in ("in", "out")]
+        points = frozenset(self.registry[name] for name in names if name in self.registry)
+        sites = {id(x): x for point in points for x in point.owners if isinstance(x, Site)}
+        for site in sites.values():
+            site.mute(points)
+        return list(sites.values())
 
     def _learn_block_kind(self) -> tuple[type, int]:
         """Whether layers return a tensor or a tuple, seen once on a single token."""
@@ -171,15 +181,15 @@ class Stack:
                 return get_output(call)
 
             site.add(Tap("output", read, lambda call, value: None), point)
-            listener = point.add_hook(lambda tensor, hook: None, observes=True)
             embed = self.inner.get_input_embeddings()  # type: ignore[operator]
             ids = torch.zeros((1, 1), dtype=torch.long, device=embed.weight.device)
             stop = {"use_cache": False} if takes_use_cache(self.inner) else {}
             try:
-                with torch.no_grad(), self._conditions():
+                with self.registry.silenced(), torch.no_grad():
+                    point.add_hook(lambda tensor, hook: None, observes=True)
                     self.inner(input_ids=ids, **stop)
             finally:
-                listener.remove()
+                point.remove_hooks("both")
             out = seen[0]
             self._block_kind = (Tensor, 1) if isinstance(out, Tensor) else (type(out), len(out))
         return self._block_kind
@@ -320,6 +330,15 @@ class Recorder:
         value = value.detach().clone()
         self.values[f"{hook.name}_grad"] = value if self.device is None else value.to(self.device)
 
+    def check_gradients(self, points: list[HookPoint]) -> None:
+        """Refuse to hand out a cache without a gradient that was asked for by name."""
+        for point in points:
+            if f"{point.name}_grad" not in self.values and point.axes != "batch pos":
+                raise GradientError(
+                    f"no gradient reached {point.name}: the loss does not depend on it, or goes round it "
+                    "because another point was listened to for gradients (hook_q_input goes round q.hook_in)"
+                )
+
     def check_unchanged(self) -> None:
         """Refuse to hand out values the model overwrote after they were recorded."""
         spoilt = [name for name, value, version in self._versions if value._version != version]
@@ -385,5 +404,7 @@ def record_run(
         out = run()
         if backward is not None:
             backward(out).backward()
+            if is_explicit(names_filter):
+                recorder.check_gradients(points)
     recorder.check_unchanged()
     return out, ActivationCache(recorder.values, registry)

@@ -12,7 +12,6 @@ from ..hooks import InputError
 from .config import BridgeConfig
 
 PaddingSide = Literal["left", "right"]
-Text = str | list[str] | tuple[str, ...]
 
 
 class Tokens:
@@ -83,7 +82,7 @@ class Tokens:
 
     def batch(
         self,
-        text: Text,
+        text: Any,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         *,
@@ -94,6 +93,10 @@ class Tokens:
         Raises:
             InputError: No tokenizer, an empty list, an item that is no string, or nothing to run on.
         """
+        if not isinstance(text, (str, list, tuple)):
+            raise InputError(
+                f"text is a string or a list of strings, got {type(text).__name__}: {text!r}"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise InputError("an empty list of texts was given; give at least one string")

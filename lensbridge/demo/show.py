@@ -249,7 +249,9 @@ def ablate(bridge: TransformerBridge, item: tasks.Item = IOI) -> Ablation:
     """Silence each head in turn and see what becomes of the answer's lead."""
     layers, heads = bridge.cfg.n_layers, bridge.cfg.n_heads or 0
     if item.distractor is None:
-        raise InputError(f"an ablation needs a wrong answer to compare with; {item.prompt!r} has none")
+        raise InputError(
+            f"an ablation needs a wrong answer to compare with; {item.prompt!r} has none"
+        )
     answer, other = bridge.to_single_token(item.answer), bridge.to_single_token(item.distractor)
     tokens = bridge.to_tokens(item.prompt)
 

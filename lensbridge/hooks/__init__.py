@@ -17,7 +17,7 @@ from .point import HookFunction, HookPoint, Listener
 from .registry import HookRegistry
 from .scope import HookScope
 from .span import Span
-from .tap import Action, Call, Site, Tap
+from .tap import Action, Call, Site, Tap, Unsettled
 
 __all__ = [
     "AbsentPointError",
@@ -41,4 +41,5 @@ __all__ = [
     "Span",
     "Tap",
     "UnknownPointError",
+    "Unsettled",
 ]

@@ -264,7 +264,9 @@ class HookPoint(nn.Module):
             if new is not None:
                 value, written = self._checked(new, value, listener), True
             elif version < 0 or value._version != version:
-                written = True  # edited in place; an inference tensor cannot tell, so it may have been
+                written = (
+                    True  # edited in place; an inference tensor cannot tell, so it may have been
+                )
         if state["bwd"]:
             value, written = self._arm_backward(value), True
         return value if written else None
@@ -300,6 +302,7 @@ class HookPoint(nn.Module):
             # A hook on a leaf would outlive the run on somebody else's tensor.
             value = value.view_as(value)
         for listener in self.bwd:
+            listener.fired = True
             value.register_hook(partial(self._on_gradient, listener))
         return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
 from .point import HookPoint, Listener
 from .scope import HookScope
+from .tap import Unsettled
 
 Selection = Any
 """None (every default point), a name, alias or glob, a regex, a predicate on names, or a list of these."""
@@ -33,23 +35,24 @@ class HookRegistry(Mapping[str, HookPoint]):
     Args:
         points: The points, each with its canonical name and aliases set.
         absent: Canonical names this model lacks, with the reason. Names may be templates with ``{i}``.
-        open_spans: Shared with the sites that serve the points: the spans open right now.
+        unsettled: Shared with the sites that serve the points.
     """
 
     def __init__(
         self,
         points: Iterable[HookPoint] = (),
         absent: Mapping[str, str] | None = None,
-        open_spans: set[Any] | None = None,
+        unsettled: Unsettled | None = None,
     ) -> None:
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}
         self._order: dict[str, int] = {}
         self.absent: dict[str, str] = dict(absent or {})
-        self.open_spans: set[Any] = set() if open_spans is None else open_spans
+        self.unsettled = Unsettled() if unsettled is None else unsettled
         self.live: set[HookPoint] = set()
         self._selected: dict[Any, list[HookPoint]] = {}
         self.depth = 0
+        self.running = 0  # runs of the model in progress; more than one when a hook runs it
         self.scopes: list[HookScope] = []
         for point in points:
             self.add(point)
@@ -276,9 +279,27 @@ class HookRegistry(Mapping[str, HookPoint]):
                 point.remove_hooks(direction, including_permanent, level)
             if clear_contexts and point.ctx:
                 point.clear_context()
+        self.settle()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Nobody listens for the length of a ``with`` block."""
+        held = [(point, point.fwd, point.bwd) for point in self.live]
+        self._tell(held, lambda point, fwd, bwd: ((), ()))
+        try:
+            yield
+        finally:
+            self._tell(held, lambda point, fwd, bwd: (fwd, bwd))
+
+    @staticmethod
+    def _tell(held: list[Any], what: Callable[..., Any]) -> None:
+        for point, fwd, bwd in held:
+            point.__dict__["fwd"], point.__dict__["bwd"] = what(point, fwd, bwd)
+        for point, _, _ in held:
+            for owner in point.owners:
+                owner.refresh()
 
     def settle(self) -> None:
         """Close whatever an interrupted run left open."""
-        while self.open_spans:
-            # The innermost first: they are a stack of modes.
-            max(self.open_spans, key=lambda span: span.depth).close()
+        if not self.running and (self.unsettled.spans or self.unsettled.sites):
+            self.unsettled.settle()

@@ -31,8 +31,8 @@ class HookScope:
     """Listeners that live as long as a ``with`` block.
 
     Everything is resolved before anything is attached, so a wrong name leaves no trace. On leaving, the
-    listeners go, whatever happened inside. If the block ran the model to its end and a forward hook never
-    fired, that is a `HookNotFiredError`: a name must fire, a filter must fire somewhere.
+    listeners go, whatever happened inside. If the block ran the model to its end and a hook's point was
+    never passed, that is a `HookNotFiredError`: a name must fire, a filter must fire somewhere.
 
     Args:
         registry: Where the points are.
@@ -126,10 +126,10 @@ class HookScope:
         registry.settle()
 
     def _check_fired(self) -> None:
-        forward = [(what, [x for x in group if x.direction == "fwd"]) for what, group in self._plan]
-        if not (self._ran or any(x.fired for _, group in forward for x in group)):
+        # A gradient hook counts as fired when the run passed it; the backward pass is the caller's.
+        if not (self._ran or any(x.fired for _, group in self._plan for x in group)):
             return
-        for what, group in forward:
+        for what, group in self._plan:
             owing = [x for x in group if not x.cancelled]
             if self._stopped_at is not None:
                 owing = [x for x in owing if self.registry.order(x.point) < self._stopped_at]

@@ -73,26 +73,55 @@ class Action:
     run: Callable[[Call], None]
 
 
+class Unsettled:
+    """What the sites of one model have open or owe, shared between them.
+
+    Attributes:
+        spans: Spans that are open right now.
+        sites: Sites whose listeners changed in the middle of a call, to be refreshed when it is over.
+    """
+
+    __slots__ = ("sites", "spans")
+
+    def __init__(self) -> None:
+        self.spans: set[Span] = set()
+        self.sites: set[Site] = set()
+
+    def settle(self) -> None:
+        """Close and refresh what an interrupted run left behind."""
+        while self.spans:
+            # The innermost first: they are a stack of modes.
+            max(self.spans, key=lambda span: span.depth).close()
+        while self.sites:
+            site = self.sites.pop()
+            site.is_firing = False
+            site.refresh()
+
+
 class Site:
     """All taps of one module, behind at most one PyTorch hook a side.
 
     Args:
         module: The module.
-        open_spans: Shared by the sites of a model: the spans that are open right now.
+        unsettled: Shared by the sites of a model.
+        is_pure: The module changes none of its arguments and runs no other site's module, so that its input
+            can be shown when it is done.
     """
 
-    def __init__(self, module: nn.Module, open_spans: set[Any] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, unsettled: Unsettled | None = None, *, is_pure: bool = False
+    ) -> None:
         self.module = module
         self.span: Span | None = None
-        self.open_spans: set[Any] = set() if open_spans is None else open_spans
+        self.unsettled = Unsettled() if unsettled is None else unsettled
+        self.is_firing = False
         self._taps: list[tuple[Tap | Action, HookPoint]] = []
         self._inputs: list[tuple[Tap | Action, HookPoint]] = []
         self._outputs: list[tuple[Tap | Action, HookPoint]] = []
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._muted: frozenset[HookPoint] = frozenset()
-        # A module that works in place has spoilt its input by the time it is done.
-        self._is_leaf = not (module._modules or vars(module).get("inplace", False))
+        self._is_pure = is_pure
 
     def add(self, tap: Tap | Action, point: HookPoint) -> None:
         """Make ``point`` fire at ``tap``, or cause an action. All in the order they were added."""
@@ -102,7 +131,7 @@ class Site:
     def set_span(self, span: Span) -> None:
         """Open ``span`` around the module's forward while one of its points is listened to."""
         self.span = span
-        span.open_spans = self.open_spans
+        span.open_spans = self.unsettled.spans
         for point in span.points:
             point.__dict__["owners"] = (*point.owners, self)
 
@@ -113,6 +142,10 @@ class Site:
 
     def refresh(self) -> None:
         """Attach or detach so that exactly the listened-to points are served."""
+        if self.is_firing or (self.span is not None and self.span.is_open):
+            # In the middle of a call both hooks are still needed: what one side began the other ends.
+            self.unsettled.sites.add(self)
+            return
         inputs, outputs, edits = [], [], False
         for pair in self._taps:
             tap, point = pair
@@ -123,9 +156,8 @@ class Site:
                 continue
             inputs.append(pair)
             edits = edits or point.is_edited
-        # Nothing fires inside a leaf, so its input can as well be shown when it is done: one hook, not two.
-        # Not once the first hook is there: an editor may leave in mid-call, and nobody must be shown twice.
-        if inputs and self._is_leaf and not edits and self._before is None:
+        if inputs and self._is_pure and not edits:
+            # One hook instead of two.
             inputs, outputs = [], inputs + outputs
         self._inputs = inputs
         self._outputs = outputs
@@ -162,6 +194,8 @@ class Site:
         self._show(call, self._inputs)
         if self.span is not None and self.span.is_wanted:
             self.span.before()
+        if self._after is None and self in self.unsettled.sites:
+            self._catch_up()
         return (call.args, dict(call.kwargs)) if call.changed else None
 
     def _on_output(
@@ -169,19 +203,29 @@ class Site:
     ) -> Any:
         if self.span is not None:
             self.span.close()
-            if output is None:
-                return None  # the module raised; always_call brought us here only to close
+        if output is None:
+            return None  # the module raised; always_call brought us here only to close
         call = Call(module, args, kwargs, output)
         self._show(call, self._outputs)
+        if self in self.unsettled.sites:
+            self._catch_up()
         return call.output if call.changed else None
 
+    def _catch_up(self) -> None:
+        self.unsettled.sites.discard(self)
+        self.refresh()
+
     def _show(self, call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
-        if self.open_spans:
-            # What listeners compute is their own business, not part of what a span watches.
-            with torch._C.DisableTorchFunction():
+        self.is_firing = True
+        try:
+            if self.unsettled.spans:
+                # What listeners compute is their own business, not part of what a span watches.
+                with torch._C.DisableTorchFunction():
+                    _show(call, pairs)
+            else:
                 _show(call, pairs)
-        else:
-            _show(call, pairs)
+        finally:
+            self.is_firing = False
 
 
 def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:

@@ -153,7 +153,9 @@ def open_attention(
     key = edited("hook_rot_k", key.transpose(1, 2)).transpose(1, 2)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (
+        query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    )
     if attention_mask is not None:
         # -inf, not the most negative number: an edit may lower a score that is masked already.
         scores = scores.masked_fill(attention_mask < -1e30, -torch.inf)
@@ -191,7 +193,11 @@ class ByHand:
     def part(self, name: str) -> nn.Module:
         """The module behind ``"embed"``, ``"ln_final"``, ``"unembed"`` or ``"blocks.0.attn.q"``."""
         if name == "unembed":
-            return self.model.lm_head if self.family != "gpt_neox" else self.model.get_output_embeddings()
+            return (
+                self.model.lm_head
+                if self.family != "gpt_neox"
+                else self.model.get_output_embeddings()
+            )
         if not name.startswith("blocks."):
             return self.model.get_submodule(self.paths[name])
         _, layer, *rest = name.split(".", 2)
@@ -200,7 +206,7 @@ class ByHand:
 
     def share(self, part: str, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """A projection's part of its module's output, and how to put a changed one back."""
-        h, kv, d, kind = self.n_heads, self.n_kv, self.d_head, part.split(".")[-1]
+        h, kv, d, kind = self.n_heads, self.n_kv, self.d_head, part.rsplit(".", maxsplit=1)[-1]
         if part.startswith("mlp"):
             if self.family != "phi3":
                 return x, lambda new: new
@@ -286,10 +292,8 @@ class ByHand:
                     return args, {**kwargs, "position_ids": fn(kwargs["position_ids"])}
                 return (args[0], fn(args[1])), kwargs
             x = first_tensor(args, kwargs)
-            if part == "attn.o":
-                new = fn(x.unflatten(-1, (self.n_heads, self.d_head))).flatten(-2)
-            else:
-                new = fn(x)
+            heads = (self.n_heads, self.d_head)
+            new = fn(x.unflatten(-1, heads)).flatten(-2) if part == "attn.o" else fn(x)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
         return self.part(owner).register_forward_pre_hook(before, with_kwargs=True)

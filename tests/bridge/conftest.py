@@ -80,3 +80,32 @@ def fresh(tiny: Callable[..., nn.Module], tokenizer: Any) -> Callable[..., Any]:
 def hand(byhand: Any, model: nn.Module, family: str) -> Any:
     """A copy of ``model``, read and edited with plain PyTorch hooks."""
     return byhand.ByHand(model, family)
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Any:
+    """The function `snapshot` of `snapshot.py`."""
+    return _load("snapshot").snapshot
+
+
+@pytest.fixture(scope="session")
+def is_silent() -> Any:
+    """The function `is_silent` of `snapshot.py`."""
+    return _load("snapshot").is_silent
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(new_tokenizer: Callable[..., Any]) -> Callable[..., Any]:
+    """``make_tokenizer(template="<bos> $A")``: a character tokenizer that adds what the template says."""
+    from tokenizers.processors import TemplateProcessing
+
+    def make(template: str | None = None, **special: Any) -> Any:
+        tokenizer = new_tokenizer(**special)
+        if template is not None:
+            tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=template, special_tokens=tokens
+            )
+        return tokenizer
+
+    return make

@@ -77,7 +77,9 @@ def test_every_point_fires_once(bridge: Any, ids: Tensor) -> None:
 def test_every_edit_matters(bridge: Any, ids: Tensor) -> None:
     """A changed value changes the logits: a point whose edits go nowhere is no point."""
     expected = bridge(ids)
-    idle = [name for name in bridge.registry if torch.equal(edit(bridge, ids, name, noisy), expected)]
+    idle = [
+        name for name in bridge.registry if torch.equal(edit(bridge, ids, name, noisy), expected)
+    ]
     assert not idle
 
 
@@ -177,9 +179,7 @@ SEQUENTIAL = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gp
 
 
 @pytest.mark.parametrize("family", SEQUENTIAL, indirect=True)
-def test_resid_mid_reaches_mlp_and_stream(
-    bridge: Any, hand: Any, byhand: Any, ids: Tensor
-) -> None:
+def test_resid_mid_reaches_mlp_and_stream(bridge: Any, hand: Any, byhand: Any, ids: Tensor) -> None:
     """An edit of the stream is read by the MLP and added to by it."""
     with bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_mid", lambda x, hook: noisy(x))]):
         _, cache = bridge.run_with_cache(ids, names_filter=outside(byhand))
@@ -192,9 +192,7 @@ def test_resid_mid_reaches_mlp_and_stream(
 
 
 @pytest.mark.parametrize("family", SEQUENTIAL, indirect=True)
-def test_mlp_in_reaches_mlp_alone(
-    bridge: Any, hand: Any, byhand: Any, ids: Tensor
-) -> None:
+def test_mlp_in_reaches_mlp_alone(bridge: Any, hand: Any, byhand: Any, ids: Tensor) -> None:
     """An edit of what the MLP reads (hook_mlp_in) leaves the stream it adds to."""
     _, before = bridge.run_with_cache(ids, names_filter=outside(byhand))
     with bridge.hooks(fwd_hooks=[("blocks.0.hook_mlp_in", lambda x, hook: noisy(x))]):
@@ -234,9 +232,11 @@ def test_resid_mid_in_every_layer_and_then_mlp_in(bridge: Any, hand: Any, ids: T
 # --- inside attention -------------------------------------------------------------------------------------
 
 
-def test_eager_edits_take_effect(model: nn.Module, bridge: Any, hand: Any, byhand: Any, ids: Tensor) -> None:
+def test_eager_edits_take_effect(
+    model: nn.Module, bridge: Any, hand: Any, byhand: Any, ids: Tensor
+) -> None:
     """Where the model writes its attention out, edits inside it act as they do at the fused call."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
     for name in filter(byhand.is_inside, bridge.registry):
         logits = edit(bridge, ids, name, noisy)
         with hand.editing(name, noisy):
@@ -265,7 +265,9 @@ def test_a_hooks_own_attention_is_its_own_business(bridge: Any, byhand: Any, ids
     calls: list[str] = []
 
     def meddle(x: Tensor, hook: Any) -> None:
-        square = torch.randn(2, bridge.cfg.n_heads, 9, 9, generator=torch.Generator().manual_seed(0))
+        square = torch.randn(
+            2, bridge.cfg.n_heads, 9, 9, generator=torch.Generator().manual_seed(0)
+        )
         weights = torch.softmax(square, -1)
         weights @ torch.ones(2, bridge.cfg.n_heads, 9, 4)
         heads = torch.ones(2, bridge.cfg.n_heads, 9, 16)
@@ -275,7 +277,10 @@ def test_a_hooks_own_attention_is_its_own_business(bridge: Any, byhand: Any, ids
         calls.append(hook.name)
 
     inside = [f"blocks.0.attn.hook_{what}" for what in ("attn_scores", "pattern")]
-    around = [f"blocks.0.attn.{what}" for what in ("hook_in", "q.hook_in", "q.hook_out", "hook_z", "hook_out")]
+    around = [
+        f"blocks.0.attn.{what}"
+        for what in ("hook_in", "q.hook_in", "q.hook_out", "hook_z", "hook_out")
+    ]
     with bridge.hooks(fwd_hooks=[(inside, count), ([*around, *inside], meddle)]):
         logits = bridge(ids)
     assert calls == inside

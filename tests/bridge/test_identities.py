@@ -155,7 +155,9 @@ def test_axes_say_the_shape(bridge: Any, cache: Any, ids: Tensor) -> None:
 
 def test_stream_is_hidden_states(bridge: Any, hand: Any, ids: Tensor) -> None:
     """hook_out of a block is hook_in of the next and Hugging Face's hidden state, bit for bit."""
-    _, cache = bridge.run_with_cache(ids, names_filter=["blocks.*.hook_in", "blocks.*.hook_out", "ln_final.*"])
+    _, cache = bridge.run_with_cache(
+        ids, names_filter=["blocks.*.hook_in", "blocks.*.hook_out", "ln_final.*"]
+    )
     hidden = hand.model(ids, output_hidden_states=True).hidden_states
     n = bridge.cfg.n_layers
     assert len(hidden) == n + 1
@@ -195,7 +197,7 @@ def test_parallel_blocks_are_told(bridge: Any, hand: Any) -> None:
 @pytest.fixture(params=["sdpa", "eager"])
 def opened(request: pytest.FixtureRequest, model: nn.Module, bridge: Any) -> Any:
     """The bridge over a model with each of the two attention implementations."""
-    model.set_attn_implementation(request.param)  # type: ignore[operator]
+    model.set_attn_implementation(request.param)
     return bridge
 
 
@@ -231,7 +233,9 @@ def test_eager_run_stays_bit_equal(model: nn.Module, bridge: Any, hand: Any, ids
 def test_pattern_rows(opened: Any, ids: Tensor, mask: Tensor | None) -> None:
     """Rows of real tokens sum to one, look back only, and never at padding."""
     real = torch.ones(2, 9, dtype=torch.bool) if mask is None else mask.bool()
-    _, cache = opened.run_with_cache(ids, names_filter="blocks.*.attn.hook_pattern", attention_mask=mask)
+    _, cache = opened.run_with_cache(
+        ids, names_filter="blocks.*.attn.hook_pattern", attention_mask=mask
+    )
     for pattern in cache.values():
         for row in range(2):
             rows = pattern[row][:, real[row]]
@@ -342,7 +346,9 @@ def test_norms(bridge: Any, hand: Any, byhand: Any, cache: Any) -> None:
         centred, scale, affine = hand.norm_inside(hand.part(name), cache[f"{name}.hook_in"])
         assert byhand.gap(cache[f"{name}.hook_scale"], scale) < FLOAT
         assert byhand.gap(cache[f"{name}.hook_normalized"], centred / scale) < FLOAT
-        assert byhand.gap(cache[f"{name}.hook_out"], affine(cache[f"{name}.hook_normalized"])) < FLOAT
+        assert (
+            byhand.gap(cache[f"{name}.hook_out"], affine(cache[f"{name}.hook_normalized"])) < FLOAT
+        )
     assert bridge.cfg.normalization_type == (
         "LN" if hand.family in ("gpt2", "gpt_neox", "phi") else "RMS"
     )
@@ -419,7 +425,9 @@ def test_rotary(bridge: Any, hand: Any, byhand: Any, cache: Any) -> None:
     assert byhand.gap(cos[0], angles.cos()) < FLOAT
     assert byhand.gap(sin[0], angles.sin()) < FLOAT
     # A rotation by these angles takes q to rot_q.
-    source = "blocks.0.attn.q_norm.hook_out" if hand.family == "qwen3" else "blocks.0.attn.q.hook_out"
+    source = (
+        "blocks.0.attn.q_norm.hook_out" if hand.family == "qwen3" else "blocks.0.attn.q.hook_out"
+    )
     q, rest = cache[source][..., :width], cache[source][..., width:]
     half = torch.cat([-q[..., width // 2 :], q[..., : width // 2]], -1)
     rotated = torch.cat([q * cos[:, :, None] + half * sin[:, :, None], rest], -1)
@@ -449,3 +457,12 @@ def test_bfloat16(bridge: Any, hand: Any, byhand: Any, ids: Tensor) -> None:
     hand.model.set_attn_implementation("eager")
     between_kernels = byhand.gap(hand.logits(ids), expected)
     assert byhand.gap(logits, expected) <= max(2 * between_kernels, 4 * BF16)
+
+
+def test_float64(bridge: Any, hand: Any, byhand: Any, ids: Tensor) -> None:
+    """In float64 opening attention costs float64 error, no more: nothing passes through float32 on the way."""
+    bridge.to(torch.float64)
+    hand.model.to(torch.float64)
+    logits, _ = bridge.run_with_cache(ids, names_filter=byhand.is_inside)
+    difference = (logits - hand.logits(ids)).abs().max() / logits.abs().max()
+    assert difference < 1e-13

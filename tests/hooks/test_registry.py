@@ -301,6 +301,9 @@ def test_unknown_name_offers_the_nearest(registry: HookRegistry, asked: str, off
     assert message.startswith(f"no hook point is called {asked!r}; nearest: {offered}")
     assert isinstance(caught.value, KeyError)
     assert registry.nearest(asked)[0] == offered
+    if asked.startswith("blocks."):
+        layer = asked.split(".")[1]
+        assert all(name.startswith(f"blocks.{layer}.") for name in registry.nearest(asked))
 
 
 def test_name_like_nothing_offers_nothing(registry: HookRegistry) -> None:

@@ -23,6 +23,7 @@ from lensbridge.hooks import (
     Site,
     Span,
     Tap,
+    Unsettled,
 )
 
 HOOK_DICTS = (
@@ -76,10 +77,10 @@ OUTPUT = Tap("output", read_output, write_output)
 
 
 def tapped(
-    module: nn.Module, *taps: Tap, open_spans: set[Any] | None = None
+    module: nn.Module, *taps: Tap, unsettled: Unsettled | None = None
 ) -> tuple[Site, list[HookPoint]]:
     """A site with one point a tap, named "0", "1", ..."""
-    site = Site(module, open_spans)
+    site = Site(module, unsettled)
     points = [HookPoint(str(index)) for index in range(len(taps))]
     for tap, point in zip(taps, points, strict=True):
         site.add(tap, point)
@@ -189,13 +190,15 @@ def test_other_peoples_hooks_are_left_alone(x: Tensor) -> None:
 def test_hooks_that_came_first_see_our_edit(x: Tensor) -> None:
     """Ours run before hooks installed earlier (Hugging Face's recorders), on both sides."""
     module, seen = linear(3, 4), []
+    module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     module.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
     _, (before, after) = tapped(module, INPUT, OUTPUT)
     before.add_hook(lambda tensor, hook: tensor + 1)
     after.add_hook(lambda tensor, hook: tensor * 2)
     module(x)
     assert torch.equal(seen[0], x + 1)
-    assert torch.equal(seen[1], 2 * F.linear(x + 1, module.weight, module.bias))
+    assert torch.equal(seen[1], x + 1)
+    assert torch.equal(seen[2], 2 * F.linear(x + 1, module.weight, module.bias))
 
 
 def test_points_of_a_side_fire_in_the_order_of_their_taps(x: Tensor) -> None:
@@ -549,6 +552,12 @@ class Watch(Span):
     def __init__(self, point: HookPoint) -> None:
         super().__init__((point,))
         self.watched = 0
+        self.closed: list[str | None] = []
+
+    def close(self) -> None:
+        """Note the name."""
+        self.closed.append(self.points[0].name)
+        super().close()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -586,10 +595,10 @@ def open_modes() -> int:
 def squash() -> tuple[Squash, HookRegistry, Watch]:
     """A module with a span whose point is "inner", and output point "0"; in a registry."""
     module = Squash()
-    spans: set[Any] = set()
+    spans = Unsettled()
     inner = HookPoint("inner")
     watch = Watch(inner)
-    site, points = tapped(module, OUTPUT, open_spans=spans)
+    site, points = tapped(module, OUTPUT, unsettled=spans)
     site.set_span(watch)
     return module, HookRegistry([inner, *points], None, spans), watch
 
@@ -628,7 +637,7 @@ def test_span_is_open_exactly_during_the_forward(squash: Squashed, x: Tensor) ->
 def test_listeners_do_their_own_torch_business_unwatched(squash: Squashed, x: Tensor) -> None:
     """tanh called by a hook inside the span's module is not mistaken for the model's."""
     module, registry, watch = squash
-    _, (deep,) = tapped(module.layer, OUTPUT, open_spans=registry.open_spans)
+    _, (deep,) = tapped(module.layer, OUTPUT, unsettled=registry.unsettled)
     deep.add_hook(lambda tensor, hook: torch.tanh(tensor))
     registry["inner"].add_hook(look)
     assert torch.equal(
@@ -674,7 +683,7 @@ def test_scope_leaves_no_span_open(squash: Squashed, x: Tensor, kind: type[BaseE
     module.trouble = kind()
     with pytest.raises(kind), registry.hooks([("inner", look), ("0", look)]):
         module(x)
-    assert (watch.is_open, open_modes(), registry.open_spans) == (False, 0, set())
+    assert (watch.is_open, open_modes(), registry.unsettled.spans) == (False, 0, set())
     assert is_bare(module)
     module.trouble = None
     assert torch.equal(module(x), torch.tanh(module.layer(x)))
@@ -693,7 +702,7 @@ def test_settle_closes_nested_spans_innermost_first(x: Tensor) -> None:
             """Pass on."""
             return func(*args, **(kwargs or {}))
 
-    spans: set[Any] = set()
+    spans = Unsettled()
     inner_module = Squash()
     outer_module = nn.Sequential(inner_module)
     points = [HookPoint("outer"), HookPoint("inner")]
@@ -708,7 +717,11 @@ def test_settle_closes_nested_spans_innermost_first(x: Tensor) -> None:
             outer_module(x)
         assert [watch.is_open for watch in watches] == [True, True]
         assert open_modes() == 3
+        closed: list[str | None] = []
+        for watch in watches:
+            watch.closed = closed
         registry.settle()
+        assert closed == ["inner", "outer"]
         assert [watch.is_open for watch in watches] == [False, False]
         assert open_modes() == 1
     assert open_modes() == 0
@@ -802,3 +815,35 @@ def test_one_shot_editor_beside_an_observer_fires_each_point_once(x: Tensor) -> 
     module(x)
     assert len(calls) == 1
     assert torch.equal(calls[0], x + 1)
+
+
+def test_one_shot_hook_inside_a_span_leaves_no_mode_open(squash: Squashed, x: Tensor) -> None:
+    """A hook that removes itself in mid-call leaves the span to be closed as usual."""
+    module, registry, watch = squash
+    held = registry.add_hook("inner", lambda tensor, hook: held[0].remove())
+    module(x)
+    assert (watch.is_open, open_modes()) == (False, 0)
+    assert is_bare(module)
+
+
+def test_one_shot_edit_is_carried_out(x: Tensor) -> None:
+    """An edit whose action comes at the other side of the call happens although its hook is gone by then."""
+    module = nn.Linear(3, 4, dtype=torch.float64)
+    kept: list[Tensor] = []
+    tap = Tap("input", lambda call: call.args[0], lambda call, value: kept.append(value))
+
+    def apply(call: Call) -> None:
+        call.changed, call.output = True, module.forward(kept.pop())
+
+    point, site = HookPoint("late"), Site(module)
+    site.add(tap, point)
+    site.add(Action(apply), point)
+
+    def once(tensor: Tensor, hook: HookPoint) -> Tensor:
+        listener.remove()
+        return tensor + 100
+
+    listener = point.add_hook(once)
+    assert torch.equal(module(x), module.forward(x + 100))
+    assert torch.equal(module(x), module.forward(x))
+    assert is_bare(module)
