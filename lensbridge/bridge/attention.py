@@ -97,7 +97,7 @@ class AttentionSpan(Span):
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         dead = None
         if is_causal:
-            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
             scores = scores.masked_fill_(ahead, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             dead = ~attn_mask.any(-1, keepdim=True)
@@ -113,8 +113,8 @@ class AttentionSpan(Span):
             # the softmax as well, or its gradient would be NaN.
             scores = scores.masked_fill(dead, 0.0)
         # At least float32 inside the softmax, as in the models' own eager code.
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        pattern = torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype)
+        wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+        pattern = torch.softmax(wide, dim=-1).to(v.dtype)
         if dead is not None:
             pattern = pattern.masked_fill(dead, 0.0)
         if dropout_p > 0.0:

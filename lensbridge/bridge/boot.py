@@ -208,6 +208,11 @@ def _gpt2(config: Any) -> nn.Module:
         raise InputError(
             "a native model with learned positions has a plain MLP and ungrouped heads"
         )
+    if config.d_head not in (None, config.d_model // config.n_heads):
+        raise InputError(
+            f"d_head={config.d_head}: with learned positions a head has d_model / n_heads = "
+            f"{config.d_model // config.n_heads}"
+        )
     made = GPT2Config(
         vocab_size=config.d_vocab,
         n_positions=config.n_ctx,

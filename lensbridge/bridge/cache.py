@@ -209,8 +209,8 @@ def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
         return tensor[(*index, what)]
     if isinstance(what, (list, Tensor)):
         indices = torch.as_tensor(what, device=tensor.device).reshape(-1)
-        for index in indices.tolist():
-            _check_index(int(index), length)
+        for entry in indices.tolist():
+            _check_index(entry, length)
         # index_select knows no negative indices.
         return tensor.index_select(dim, torch.where(indices < 0, indices + length, indices))
     raise InputError(

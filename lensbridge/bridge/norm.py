@@ -80,7 +80,7 @@ def _number(module: nn.Module, name: str) -> float | None:
 def scale(norm: Norm, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
     """What the input is divided by, in float32 (float64 for a float64 input)."""
     x = _centered(norm, _wide(x))
-    return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    return x.square().mean(-1, keepdim=True).add_(norm.eps).sqrt_()
 
 
 def normalize(
@@ -117,7 +117,7 @@ def output_from(
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _centered(norm: Norm, x: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ class HookPoint(nn.Module):
             bwd=(),
             owners=(),
             live=set(),
+            n_edits=0,
         )
 
     name: str | None
@@ -130,13 +131,14 @@ class HookPoint(nn.Module):
     bwd: tuple[Listener, ...]
     owners: tuple[Owner, ...]
     live: set[HookPoint]  # the registry's set of points somebody listens to
+    n_edits: int  # listeners that may change the value or need its gradient
 
     def __repr__(self) -> str:
         return f"HookPoint({self.name!r}, [{self.axes}])"
 
     def __getstate__(self) -> dict[str, Any]:
         # Listeners belong to whoever added them here, not to a copy or a saved file.
-        return {**self.__dict__, "fwd": (), "bwd": (), "ctx": {}, "owners": (), "live": set()}
+        return {**self.__dict__, "fwd": (), "bwd": (), "ctx": {}, "owners": (), "live": set(), "n_edits": 0}
 
     # --- listening -------------------------------------------------------------------------------
 
@@ -215,11 +217,6 @@ class HookPoint(nn.Module):
             and (including_permanent or not held.is_permanent)
             and (level is None or held.level == level)
         ]
-
-    @property
-    def is_edited(self) -> bool:
-        """Whether somebody here may change the value or needs its gradient."""
-        return bool(self.bwd) or not all(held.observes for held in self.fwd)
 
     def clear_context(self) -> None:
         """Empty ``ctx``, the dictionary hook functions may keep notes in."""
@@ -318,33 +315,35 @@ class HookPoint(nn.Module):
 
 def attach(listeners: Iterable[Listener], *, prepend: bool = False) -> None:
     """Add ready-made listeners at their points, telling each owner once."""
-    owners: dict[int, Owner] = {}
+    owners: set[Owner] = set()
     for listener in listeners:
-        point = listener.point
-        point.live.add(point)
-        # Also when somebody listens here already: an editor asks more of a site than an observer.
-        for owner in point.owners:
-            owners[id(owner)] = owner
+        point, direction = listener.point, listener.direction
         state = point.__dict__
-        held = state[listener.direction]
-        state[listener.direction] = (listener, *held) if prepend else (*held, listener)
-    for owner in owners.values():
+        held = state[direction]
+        state[direction] = (listener, *held) if prepend else (*held, listener)
+        if direction == "bwd" or not listener.observes:
+            state["n_edits"] += 1
+        state["live"].add(point)
+        # Also when somebody listens here already: an editor asks more of a site than an observer.
+        owners.update(state["owners"])
+    for owner in owners:
         owner.refresh()
 
 
 def discard(listeners: Iterable[Listener]) -> None:
     """Take listeners away (those of them that are still there), telling each owner once."""
-    owners: dict[int, Owner] = {}
+    owners: set[Owner] = set()
     for listener in listeners:
-        point = listener.point
+        point, direction = listener.point, listener.direction
         state = point.__dict__
-        held = state[listener.direction]
+        held = state[direction]
         if listener not in held:
             continue
-        state[listener.direction] = tuple([other for other in held if other is not listener])
-        if not (point.fwd or point.bwd):
-            point.live.discard(point)
-            for owner in point.owners:
-                owners[id(owner)] = owner
-    for owner in owners.values():
+        state[direction] = tuple([other for other in held if other is not listener])
+        if direction == "bwd" or not listener.observes:
+            state["n_edits"] -= 1
+        if not (state["fwd"] or state["bwd"]):
+            state["live"].discard(point)
+        owners.update(state["owners"])
+    for owner in owners:
         owner.refresh()

@@ -155,7 +155,7 @@ class Site:
                 outputs.append(pair)
                 continue
             inputs.append(pair)
-            edits = edits or point.is_edited
+            edits = edits or point.n_edits > 0
         if inputs and self._is_pure and not edits:
             # One hook instead of two.
             inputs, outputs = [], inputs + outputs
@@ -234,7 +234,7 @@ def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
             tap.run(call)
             continue
         value = tap.read(call)
-        if tap.side == "input" and point.is_edited:
+        if point.n_edits and tap.side == "input":
             # Others read this tensor too; an edit in place must reach this module alone.
             value = value.clone()
         new = point.fire(value)

@@ -338,3 +338,34 @@ def test_hugging_faces_own_records_see_the_edit(
     assert torch.equal(out.hidden_states[1], expected.hidden_states[1])
     assert torch.equal(out.logits, expected.logits)
     assert torch.equal(run().logits, hand.logits(ids))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"], indirect=True)
+def test_the_users_own_pytorch_hooks_see_the_edit(
+    bridge: Any, model: nn.Module, hand: Any, ids: Tensor
+) -> None:
+    """PyTorch hooks that were on a module first see what the bridge's made of its input and output, and stay."""
+    path = hand.paths["layers"] + ".0." + hand.paths["mlp"]
+    module = model.get_submodule(path)
+    seen: list[Tensor] = []
+    before = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    after = module.register_forward_hook(lambda m, args, output: seen.append(output.clone()))
+    plain_in = hand.read("blocks.0.mlp.hook_in", ids)
+    try:
+        edits = [
+            ("blocks.0.mlp.hook_in", lambda x, hook: x * 2),
+            ("blocks.0.mlp.hook_out", shifted_hook),
+        ]
+        bridge.run_with_hooks(ids, fwd_hooks=edits)
+        assert torch.equal(seen[0], plain_in * 2)
+        assert torch.equal(seen[1], shifted(hand.part("blocks.0.mlp")(plain_in * 2)))
+        bridge(ids)
+        assert torch.equal(seen[2], plain_in)
+        assert len(seen) == 4
+    finally:
+        before.remove()
+        after.remove()
+
+
+def shifted_hook(x: Tensor, hook: Any) -> Tensor:
+    return shifted(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,9 +30,7 @@ def texts(tokenizer: Any) -> list[str]:
 
 
 def encoded(text: str) -> list[int]:
-    """Character by character, after BOS: digits 4-13, letters 14-39, space last but five."""
-    import string
-
+    """BOS, then one id a character."""
     return [1, *(4 + string.printable.index(char) for char in text)]
 
 
@@ -209,10 +208,6 @@ def test_stop_at_every_layer(fresh: Any, family: str, ids: Tensor) -> None:
         if layer < 3:
             assert torch.equal(bridge(ids, stop_at_layer=layer), hidden[layer])
         assert torch.equal(bridge(ids, stop_at_layer=layer), expected[name])
-        if layer:
-            assert torch.equal(
-                bridge(ids, stop_at_layer=layer - 4 if layer == 0 else layer), expected[name]
-            )
         assert residual.shape == hidden[0].shape
         late = [f"blocks.{later}." for later in range(layer, 3)] + ["ln_final", "unembed"]
         assert not [n for n in ran if n.startswith(tuple(late))]
@@ -251,13 +246,6 @@ def test_start_at_every_layer(fresh: Any, family: str, ids: Tensor, mask: Tensor
         kept = residual.clone()
         assert torch.equal(bridge(residual, start_at_layer=layer, **given), full), layer
         assert torch.equal(residual, kept)
-        if layer:
-            assert (
-                torch.equal(
-                    bridge(residual, start_at_layer=layer - 3 - (layer == 3), **given), full
-                )
-                or layer == 3
-            )
         for stop in range(layer, 4):
             target = cache[f"blocks.{stop}.hook_in"] if stop < 3 else cache["blocks.2.hook_out"]
             out = bridge(residual, start_at_layer=layer, stop_at_layer=stop, **given)
@@ -382,9 +370,9 @@ class TestPadding:
         assert torch.equal(bridge(ids, attention_mask=LEFT), expected)
         assert torch.equal(bridge(ids, attention_mask=LEFT.bool()), expected)
         assert torch.equal(bridge(ids, attention_mask=LEFT.tolist()), expected)
-        assert not torch.equal(model(ids, attention_mask=LEFT).logits[0, 3:], expected[0, 3:]) or (
-            bridge.cfg.positional_embedding_type == "rotary"
-        )
+        if bridge.cfg.positional_embedding_type == "standard":  # rotary positions are relative
+            bare = model(ids, attention_mask=LEFT).logits
+            assert not torch.equal(bare[0, 3:], expected[0, 3:])
 
     def test_row_of_a_left_padded_batch_is_the_row_alone(
         self, bridge: Any, byhand: Any, ids: Tensor

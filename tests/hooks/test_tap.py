@@ -820,7 +820,8 @@ def test_one_shot_editor_beside_an_observer_fires_each_point_once(x: Tensor) -> 
 def test_one_shot_hook_inside_a_span_leaves_no_mode_open(squash: Squashed, x: Tensor) -> None:
     """A hook that removes itself in mid-call leaves the span to be closed as usual."""
     module, registry, watch = squash
-    held = registry.add_hook("inner", lambda tensor, hook: held[0].remove())
+    held: list[Listener] = []
+    held += registry.add_hook("inner", lambda tensor, hook: held[0].remove())
     module(x)
     assert (watch.is_open, open_modes()) == (False, 0)
     assert is_bare(module)
