@@ -220,10 +220,6 @@ class TransformerBridge(ModelState, Listening, TextMethods):
 
     # --- running ---------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`."""
-        return self.forward(*args, **kwargs)
-
     def forward(
         self,
         input: Any = None,
@@ -284,6 +280,8 @@ class TransformerBridge(ModelState, Listening, TextMethods):
             inputs.tokens = tokens
         out = self._run(inputs, input, start, stop)
         return out if stop is not None else self._answer(out, inputs, return_type, loss_per_token)
+
+    __call__ = forward
 
     def _run(self, inputs: Inputs, residual: Any, start: int | None, stop: int | None) -> Any:
         if start is not None and start == stop:

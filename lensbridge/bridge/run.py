@@ -76,7 +76,7 @@ class Stack:
     def call(self, kwargs: dict[str, Any]) -> Any:
         """Run the whole model."""
         out = self._run(self.model, kwargs)
-        self._note()
+        self.registry.note_run()
         return out
 
     def _run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -86,18 +86,17 @@ class Stack:
                 "the bridge was run from inside a hook at a place that is being watched (inside attention, "
                 "or after an edit of hook_resid_mid); collect what you need before the outer run"
             )
-        registry.running += 1
+        registry.begin_run()
         try:
             with self._conditions():
                 return fn(**kwargs)
         finally:
-            registry.running -= 1
-            registry.settle()
+            registry.end_run()
 
     def generate(self, kwargs: dict[str, Any]) -> Any:
         """Run Hugging Face's ``generate``."""
         out = self._run(self.inner.generate, kwargs)  # type: ignore[arg-type]
-        self._note()
+        self.registry.note_run()
         return out
 
     def call_until(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
@@ -116,7 +115,7 @@ class Stack:
         try:
             self._run(self.model, kwargs)
         except _Stopped as stopped:
-            self._note(point)
+            self.registry.note_run(point)
             return stopped.value
         finally:
             discard([listener])
@@ -193,10 +192,6 @@ class Stack:
             out = seen[0]
             self._block_kind = (Tensor, 1) if isinstance(out, Tensor) else (type(out), len(out))
         return self._block_kind
-
-    def _note(self, stopped_at: HookPoint | None = None) -> None:
-        for scope in self.registry.scopes:
-            scope.note_run(stopped_at)
 
     def _conditions(self) -> Any:
         """What must hold around a run so that every listened-to point can fire."""

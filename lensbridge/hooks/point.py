@@ -138,7 +138,15 @@ class HookPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Listeners belong to whoever added them here, not to a copy or a saved file.
-        return {**self.__dict__, "fwd": (), "bwd": (), "ctx": {}, "owners": (), "live": set(), "n_edits": 0}
+        return {
+            **self.__dict__,
+            "fwd": (),
+            "bwd": (),
+            "ctx": {},
+            "owners": (),
+            "live": set(),
+            "n_edits": 0,
+        }
 
     # --- listening -------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
 from .point import HookPoint, Listener
-from .scope import HookScope
+from .scope import HookScope, check_fired
 from .tap import Unsettled
 
 Selection = Any
@@ -47,6 +47,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}
         self._order: dict[str, int] = {}
+        self._standing: list[list[Listener]] = []  # set by add_hook, until removed
         self.absent: dict[str, str] = dict(absent or {})
         self.unsettled = Unsettled() if unsettled is None else unsettled
         self.live: set[HookPoint] = set()
@@ -249,12 +250,45 @@ class HookRegistry(Mapping[str, HookPoint]):
         level: int | None = None,
         prepend: bool = False,
     ) -> list[Listener]:
-        """Add ``fn`` to every selected point, until removed or reset."""
+        """Add ``fn`` to every selected point, until removed or reset.
+
+        A run of the bridge that passes none of the points is an error, as in a scope.
+        """
         depth = self.depth if level is None else level
-        return [
+        made = [
             point.add_hook(fn, dir, is_permanent=is_permanent, level=depth, prepend=prepend)
             for point in self.select(selection)
         ]
+        self._standing.append(made)
+        return made
+
+    def begin_run(self) -> None:
+        """A run of the model starts."""
+        self.running += 1
+        for group in self._standing:
+            for listener in group:
+                listener.fired = False
+
+    def end_run(self) -> None:
+        """It is over, however it ended."""
+        self.running -= 1
+        self.settle()
+
+    def note_run(self, stopped_at: HookPoint | None = None) -> None:
+        """It ended as it should: hooks that are set and did not fire are an error.
+
+        Args:
+            stopped_at: Where it was cut short on purpose; points from there on owe nothing.
+        """
+        for scope in self.scopes:
+            scope.note_run(stopped_at)
+        if self._standing:
+            order = None if stopped_at is None else self.order(stopped_at)
+            self._standing = [
+                group for group in self._standing if not all(x.cancelled for x in group)
+            ]
+            for group in self._standing:
+                check_fired(self, group, order)
 
     def hooks(
         self,

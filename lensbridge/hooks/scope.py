@@ -130,15 +130,27 @@ class HookScope:
         if not (self._ran or any(x.fired for _, group in self._plan for x in group)):
             return
         for what, group in self._plan:
-            owing = [x for x in group if not x.cancelled]
-            if self._stopped_at is not None:
-                owing = [x for x in owing if self.registry.order(x.point) < self._stopped_at]
-            if what is not None and owing and not any(listener.fired for listener in group):
-                names = ", ".join(str(x.point.name) for x in owing[:3])
-                raise HookNotFiredError(
-                    f"hook {describe(owing[0].fn)} was set at {names} and never fired: "
-                    "the run did not pass that point (was it started at a later layer?)"
-                )
+            if what is not None:
+                check_fired(self.registry, group, self._stopped_at)
+
+
+def check_fired(registry: Registry, group: list[Listener], stopped_at: int | None) -> None:
+    """Refuse silence: of listeners that were set together, one must have fired.
+
+    Args:
+        registry: Where their points are.
+        group: The listeners of one name or filter.
+        stopped_at: Where in the order of points the run was cut short on purpose.
+    """
+    owing = [x for x in group if not x.cancelled]
+    if stopped_at is not None:
+        owing = [x for x in owing if registry.order(x.point) < stopped_at]
+    if owing and not any(listener.fired for listener in group):
+        names = ", ".join(str(x.point.name) for x in owing[:3])
+        raise HookNotFiredError(
+            f"hook {describe(owing[0].fn)} was set at {names} and never fired: "
+            "the run did not pass that point (was it started at a later layer?)"
+        )
 
 
 def _resolve(registry: Registry, pair: Any, dir: str) -> tuple[Any, list[Listener]]:

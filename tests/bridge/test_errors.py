@@ -574,3 +574,16 @@ def test_wrong_types_without_the_tests_type_checks() -> None:
         [sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, check=False
     )
     assert run.stdout.strip() == "all refused", run.stderr
+
+
+def test_standing_hooks_that_never_fire(bridge: Any, ids: Tensor) -> None:
+    """A hook set by add_hook that a run does not pass is named; passed again, all is well."""
+    residual = bridge(ids, stop_at_layer=1)
+    bridge.add_hook("blocks.0.hook_out", lambda x, hook: None)
+    bridge.add_hook(lambda name: name.endswith("hook_resid_post"), lambda x, hook: None)
+    bridge(ids)
+    with pytest.raises(HookNotFiredError, match=r"blocks\.0\.hook_out"):
+        bridge(residual, start_at_layer=1)
+    assert torch.equal(bridge(ids, stop_at_layer=0), bridge(ids, stop_at_layer=0))
+    bridge.reset_hooks()
+    assert torch.equal(bridge(residual, start_at_layer=1), bridge(ids))
