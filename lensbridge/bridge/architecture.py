@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Attention:
         d_head, d_head_v: Width of a query/key head and of a value head.
         is_rotary: Whether q and k are rotated between projection and product.
         q_norm, k_norm: Norms on q and k.
+        is_softmax: Whether a softmax attention was seen inside (or none has looked).
+        is_direct: Whether pattern times v, as the projection made it, is what the output projection reads; no
+            gate, norm or scale between (or none has looked).
     """
 
     path: str
@@ -83,6 +87,8 @@ class Attention:
     is_rotary: bool
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    is_softmax: bool = True
+    is_direct: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,11 @@ class Block:
         ln1_post, ln2_post: Norms between attention (MLP) and the residual sum.
         attn, mlp: The two branches.
         is_parallel: Whether both branches read the residual stream entering the block.
+        is_post_norm: Whether ``ln1`` and ``ln2`` stand behind the sums (BERT), not before the branches.
+        mid: Module that reads the stream between attention and MLP.
+        attn_out, mlp_out: Modules whose outputs are added to the stream.
+        skip_scale, attn_scale, mlp_scale: Factors with which stream and outputs enter the sum.
+        unproved: Why the above is only what the names propose; empty when a run has shown it.
     """
 
     path: str
@@ -124,6 +135,14 @@ class Block:
     ln1_post: Norm | None = None
     ln2_post: Norm | None = None
     is_parallel: bool = False
+    is_post_norm: bool = False
+    mid: str | None = None
+    attn_out: str | None = None
+    mlp_out: str | None = None
+    skip_scale: float = 1.0
+    attn_scale: float = 1.0
+    mlp_scale: float = 1.0
+    unproved: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,8 @@ class Architecture:
         ln_final: Norm before the head.
         unembed: Path of the head.
         absent: Roles that were looked for and not found, with what was tried.
+        seen: The watched run that has shown it; None when none has.
+        unproved: Why no run has shown any of this; empty when one has.
     """
 
     embed: str | None
@@ -147,6 +168,8 @@ class Architecture:
     ln_final: Norm | None = None
     unembed: str | None = None
     absent: dict[str, str] = field(default_factory=dict, hash=False)
+    seen: Any = field(default=None, repr=False, compare=False)
+    unproved: str = ""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self, ""))
@@ -162,5 +185,5 @@ def _lines(part: object, indent: str) -> Iterator[str]:
         elif isinstance(value, (Attention, Mlp)):
             yield f"{indent}{item.name}:"
             yield from _lines(value, indent + "  ")
-        elif value not in (None, {}, ()):
+        elif item.name != "seen" and value not in (None, {}, (), "", False):
             yield f"{indent}{item.name}: {value}"

@@ -127,15 +127,16 @@ class AttentionSpan(Span):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         x = args[0] if args else None
-        if (
-            self._live is not None
-            or not isinstance(x, Tensor)
-            or x.dim() != 4
-            or x.shape[1] != self.n_heads
-        ):
+        if self._live is not None or not isinstance(x, Tensor) or not self._is_square(x):
             return func(*args, **kwargs)  # some other softmax: a router's, say
         self._live = func(self._fire_square(self.scores, x), *args[1:], **kwargs)
         return self._live
+
+    def _is_square(self, x: Tensor) -> bool:
+        """Whether this is [batch, head, query, key], or [batch * head, query, key]."""
+        if x.dim() == 4:
+            return x.shape[1] == self.n_heads
+        return x.dim() == 3 and x.shape[0] % self.n_heads == 0
 
     def _product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -189,6 +190,8 @@ class AttentionSpan(Span):
 
     def _unpack(self, x: Tensor) -> Tensor:
         """Undo transformers' packing of grouped heads into the query axis when decoding one token."""
+        if x.dim() == 3:  # heads folded into the batch
+            return x.view(-1, self.n_heads, *x.shape[1:])
         if x.shape[1] != self.n_heads and x.shape[1] * x.shape[2] == self.n_heads:
             return x.reshape(x.shape[0], self.n_heads, 1, x.shape[3])
         return x

@@ -31,6 +31,7 @@ from .run import (
     logits_of,
     record_run,
 )
+from .settle import settle
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
@@ -71,7 +72,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         self.original_model = model
         inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
         self._inner: nn.Module = model if inner is None else inner
-        self.architecture: Architecture = infer(self._inner)
+        self.architecture: Architecture = settle(self._inner, infer(self._inner))
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
         self._stack = Stack(
@@ -210,12 +211,23 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         with torch.no_grad():
             bare = self.forward(tokens)
             opened, closed = (
-                record_run(self.registry, lambda: self.forward(tokens), names_filter=names)
+                record_run(
+                    self.registry,
+                    lambda: self.forward(tokens),
+                    names_filter=set(names).__contains__,
+                )
                 for names in (every, outside)
             )
             tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
             return verify(
-                self._inner, self.architecture, self.registry, bare, opened, closed, tolerance
+                self._inner,
+                self.architecture,
+                self.registry,
+                bare,
+                opened,
+                closed,
+                tolerance,
+                [name for name in every if name not in opened[1]],
             )
 
     # --- running ---------------------------------------------------------------------------------

@@ -78,10 +78,11 @@ def _find_stack(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     declared = set(getattr(model, "_no_split_modules", None) or ())
     n_layers = getattr(config, "num_hidden_layers", None)
 
-    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int]:
-        _, stack = item
+    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int]:
+        path, stack = item
+        is_text = not any(word in path for word in table.OTHER_TOWERS)
         named = any(type(block).__name__ in declared for block in stack)
-        return named, len(stack) == n_layers, sum(p.numel() for p in stack.parameters())
+        return is_text, named, len(stack) == n_layers, sum(p.numel() for p in stack.parameters())
 
     best = max(stacks, key=rank, default=None)
     if best is None:

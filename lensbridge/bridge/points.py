@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..hooks import HookPoint, HookRegistry, Site, Tap, Unsettled
+from ..hooks import ArchitectureError, Call, HookPoint, HookRegistry, Site, Tap, Unsettled
 from ..hooks.names import aliases_of
 from . import places
 from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection
 from .attention import AttentionSpan
 from .branch import BranchSpan
 from .head_inputs import HeadInputs
+from .trace import Trace
 
 _STREAM = "batch pos d_model"
+_UNREADABLE = (RuntimeError, IndexError, KeyError, TypeError, AttributeError, ArchitectureError)
 # Modules that change none of their arguments; norms join them once their formula is known.
 _PURE = (nn.Linear, nn.Embedding, Conv1D)
 
@@ -44,6 +47,7 @@ class _Builder:
         self.points: list[HookPoint] = []
         self.absent: dict[str, str] = {}
         self.sites: dict[str, Site] = {}
+        self.overwritten: set[tuple[str, str]] = set()
         self.pure = {norm.path for norm in _norms(architecture) if norm.is_open}
         self.unsettled = Unsettled()
 
@@ -66,9 +70,35 @@ class _Builder:
         point = HookPoint(
             name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default
         )
+        reason = self.unfit(path, tap, axes)
+        if reason:
+            self.lacks(reason, name, *extra_aliases)
+            return point
+        point.__dict__["is_volatile"] = (path, tap.side) in self.overwritten
         self.site(path).add(tap, point)
         self.points.append(point)
         return point
+
+    def unfit(self, path: str, tap: Tap, axes: str) -> str:
+        """Why a place cannot carry a point, as the watched run shows it; empty when it can."""
+        seen: Trace | None = self.architecture.seen
+        if seen is None:
+            return ""
+        times = len(seen.visits.get(path, ()))
+        if times != 1:
+            how = "never" if times == 0 else f"{times} times"
+            return f"the model calls {path} {how} in one pass; a name stands for one value"
+        visit = seen.visits[path][0]
+        try:
+            value = tap.read(Call(self.modules[path], visit.args, visit.kwargs, visit.output))
+        except _UNREADABLE as error:
+            return f"what passes there cannot be read as [{axes}]: {type(error).__name__}: {error}"
+        if not isinstance(value, torch.Tensor) or value.dim() != len(axes.split()):
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            return f"what passes there is {shape}, not [{axes}]"
+        if visit.is_overwritten(tap.side):
+            self.overwritten.add((path, tap.side))
+        return ""
 
     def lacks(self, reason: str, *names: str) -> None:
         for name in names:
@@ -121,25 +151,42 @@ class _Builder:
                     reason,
                     *(f"{name}.{part}.hook_{p}" for p in ("in", "scale", "normalized", "out")),
                 )
-        if block.ln1 is not None:
+        if block.ln1 is not None and not block.is_post_norm:
             self.norm(f"{name}.ln1", block.ln1, _STREAM)
         if block.attn is not None:
             self.head_inputs(name, block.attn, block)
             self.attention(name, block.attn, block)
+        else:
+            self.lacks(
+                "attention was not recognised in this layer", *_names(name, "attn", _ATTENTION)
+            )
         if block.ln1_post is not None:
             self.norm(f"{name}.ln1_post", block.ln1_post, _STREAM, f"{name}.hook_attn_out")
         if block.attn is not None and block.mlp is not None:
             self.resid_mid(name, block)
-        if block.ln2 is not None:
+        if block.is_post_norm and block.ln1 is not None:
+            self.norm(f"{name}.ln1", block.ln1, _STREAM)
+        if block.ln2 is not None and not block.is_post_norm:
             self.norm(f"{name}.ln2", block.ln2, _STREAM)
         if block.mlp is not None:
             self.mlp(name, block.mlp, block)
+        else:
+            self.lacks("an MLP was not recognised in this layer", *_names(name, "mlp", _MLP))
+        if block.attn is None or block.mlp is None:
+            self.lacks(
+                "this layer is not recognised as attention and MLP", f"{name}.hook_resid_mid"
+            )
+        if block.is_post_norm and block.ln2 is not None:
+            self.norm(f"{name}.ln2", block.ln2, _STREAM)
         if block.ln2_post is not None:
             self.norm(f"{name}.ln2_post", block.ln2_post, _STREAM, f"{name}.hook_mlp_out")
         self.add(f"{name}.hook_out", block.path, places.whole_output(), _STREAM)
 
     def resid_mid(self, name: str, block: Block) -> None:
         mid = f"{name}.hook_resid_mid"
+        if block.unproved:
+            self.lacks(block.unproved, mid)
+            return
         if block.is_parallel:
             self.lacks(
                 "attention and MLP run in parallel here, both reading hook_resid_pre, so the stream has no "
@@ -147,9 +194,13 @@ class _Builder:
                 mid,
             )
             return
-        reader = block.ln2.path if block.ln2 is not None else _entry(block.mlp)
+        reader = block.mid or (block.ln2.path if block.ln2 is not None else _entry(block.mlp))
         if reader is None:
             self.lacks("no module reads the stream between attention and MLP", mid)
+            return
+        reason = self.unfit(reader, places.whole_input(), _STREAM)
+        if reason:
+            self.lacks(reason, mid)
             return
         point = HookPoint(mid, axes=_STREAM)
         span = BranchSpan(point)
@@ -209,8 +260,12 @@ class _Builder:
                 "batch pos head d_model",
                 is_default=False,
             )
-            self.add(f"{name}.o.hook_out", attn.o, places.whole_output(), _STREAM)
+            adds = block.attn_out == attn.o and block.ln1_post is None
+            alias = (f"{block_name}.hook_attn_out",) if adds else ()
+            self.add(f"{name}.o.hook_out", attn.o, places.whole_output(), _STREAM, *alias)
         alias = () if block.ln1_post is not None else (f"{block_name}.hook_attn_out",)
+        if block.attn_out not in (None, attn.path):
+            alias = ()  # the module also adds the stream; what is added is the projection's output
         self.add(f"{name}.hook_out", attn.path, places.whole_output(), _STREAM, *alias)
 
     def head_inputs(self, block_name: str, attn: Attention, block: Block) -> None:
@@ -218,8 +273,13 @@ class _Builder:
         names = {part: f"{block_name}.attn.hook_{part}_input" for part in ("q", "k", "v")}
         all_name = f"{block_name}.attn.hook_attn_in"
         shares = {"q": attn.q, "k": attn.k, "v": attn.v}
-        if block.ln1 is None or any(share is None for share in shares.values()):
+        if block.ln1 is None or block.is_post_norm or any(x is None for x in shares.values()):
             self.lacks("needs a norm before attention and known q, k, v", all_name, *names.values())
+            return
+        seen: Trace | None = self.architecture.seen
+        used = [block.ln1.path, *(x.path for x in shares.values() if x is not None)]
+        if seen is not None and any(seen.one(path) is None for path in used):
+            self.lacks("norm or projections are not called exactly once", all_name, *names.values())
             return
         inputs = HeadInputs(self.modules[block.ln1.path])
         site = self.site(block.ln1.path)
@@ -257,6 +317,10 @@ class _Builder:
             self.points.append(point)
 
     def inside(self, name: str, attn: Attention) -> None:
+        if not attn.is_softmax:
+            names = [f"{name}.hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern")]
+            self.lacks("no softmax attention happens inside this layer", *names)
+            return
         square = "batch head query key"
         scores = HookPoint(f"{name}.hook_attn_scores", axes=square)
         pattern = HookPoint(f"{name}.hook_pattern", axes=square)
@@ -309,7 +373,13 @@ class _Builder:
             self.projection(f"{name}.gate", mlp.gate, None, hidden)
         else:
             self.lacks("the MLP is not gated", f"{name}.gate.hook_in", f"{name}.gate.hook_out")
-        if mlp.inp is not None:
+        if mlp.inp is None:
+            self.lacks(
+                "no input projection of the MLP was recognised (experts have theirs inside)",
+                f"{name}.in.hook_in",
+                f"{name}.in.hook_out",
+            )
+        else:
             alias = f"{name}.hook_pre_linear" if mlp.gate is not None else f"{name}.hook_pre"
             path = mlp.inp.path
             self.projection_input(f"{name}.in.hook_in", mlp.inp)
@@ -318,11 +388,28 @@ class _Builder:
             )
         if mlp.out is not None:
             self.add(f"{name}.out.hook_in", mlp.out, places.whole_input(), hidden)
-            self.add(f"{name}.out.hook_out", mlp.out, places.whole_output(), _STREAM)
+            adds = block.mlp_out == mlp.out != mlp.path and mlp.path is not None
+            added = (f"{block_name}.hook_mlp_out",) if adds and block.ln2_post is None else ()
+            self.add(f"{name}.out.hook_out", mlp.out, places.whole_output(), _STREAM, *added)
         exit_path = mlp.path or mlp.out
         if exit_path is not None:
             alias_out = () if block.ln2_post is not None else (f"{block_name}.hook_mlp_out",)
+            if block.mlp_out not in (None, exit_path):
+                alias_out = ()
             self.add(f"{name}.hook_out", exit_path, places.whole_output(), _STREAM, *alias_out)
+
+
+_ENDS = ("hook_in", "hook_out")
+_ATTENTION = (
+    *_ENDS,
+    *(f"{part}.{end}" for part in ("q", "k", "v", "o") for end in _ENDS),
+    *(f"hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern", "result")),
+)
+_MLP = (*_ENDS, *(f"{part}.{end}" for part in ("in", "gate", "out") for end in _ENDS))
+
+
+def _names(block_name: str, part: str, points: tuple[str, ...]) -> list[str]:
+    return [f"{block_name}.{part}.{point}" for point in points]
 
 
 def _norms(architecture: Architecture) -> Iterator[Norm]:

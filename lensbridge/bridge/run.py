@@ -304,11 +304,14 @@ class Recorder:
         return self._store_untracked if torch.is_inference_mode_enabled() else self._store_plain
 
     def _store_untracked(self, tensor: Tensor, hook: HookPoint) -> None:
-        self.values[hook.name] = tensor  # type: ignore[index]
+        self.values[hook.name] = tensor.clone() if hook.is_volatile else tensor  # type: ignore[index]
 
     def _store_plain(self, tensor: Tensor, hook: HookPoint) -> None:
         name: str = hook.name  # type: ignore[assignment]
-        value = self.values[name] = tensor.detach() if tensor.requires_grad else tensor
+        value = tensor.detach() if tensor.requires_grad else tensor
+        if hook.is_volatile:
+            value = value.clone()
+        self.values[name] = value
         self._versions.append((name, value, value._version))
 
     def _store(self, tensor: Tensor, hook: HookPoint) -> None:

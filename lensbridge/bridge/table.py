@@ -77,5 +77,8 @@ LN_FINAL = (
     "final_norm",
 )
 
+# Parts of a path that lead to another tower than the text model's.
+OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
+
 # Attributes of a block that say its branches run side by side.
 PARALLEL_FLAGS = ("use_parallel_residual", "parallel_attn", "parallel_residual")

@@ -73,6 +73,7 @@ def verify(
     opened: tuple[Tensor, ActivationCache],
     closed: tuple[Tensor, ActivationCache],
     tolerance: float,
+    missing: list[str],
 ) -> Verification:
     """Check every identity the architecture promises.
 
@@ -84,8 +85,11 @@ def verify(
         opened: Logits and cache of a run with every default point and every ``hook_result``.
         closed: The same without the points inside attention.
         tolerance: For identities that hold up to float error.
+        missing: Points that did not fire.
     """
     checks = _Checks(model, registry, opened[1], tolerance)
+    for name in missing:
+        checks.made.append(Check("every point fires", name, float("inf"), 0.0))
     checks.exact(
         "logits with everything outside attention cached == bare logits", "logits", closed[0], bare
     )
@@ -121,35 +125,60 @@ class _Checks:
                 post,
                 cache[f"blocks.{index + 1}.hook_in"],
             )
-        if block.attn is not None and block.mlp is not None:
-            attn, mlp = cache[f"{here}.hook_attn_out"], cache[f"{here}.hook_mlp_out"]
+        if (
+            f"{here}.hook_attn_out" in cache
+            and f"{here}.hook_mlp_out" in cache
+            and not block.unproved
+        ):
+            attn = cache[f"{here}.hook_attn_out"] * block.attn_scale
+            mlp = cache[f"{here}.hook_mlp_out"] * block.mlp_scale
+            skip = pre * block.skip_scale
             if block.is_parallel:
                 self.near(
-                    "resid_pre + attn_out + mlp_out == resid_post", here, pre + attn + mlp, post
+                    "resid_pre + attn_out + mlp_out == resid_post", here, skip + attn + mlp, post
                 )
-            else:
+            elif f"{here}.hook_resid_mid" in cache:
                 mid = cache[f"{here}.hook_resid_mid"]
-                self.near("resid_pre + attn_out == resid_mid", here, pre + attn, mid)
-                self.near("resid_mid + mlp_out == resid_post", here, mid + mlp, post)
+                if block.is_post_norm:
+                    self.near("resid_pre + attn_out == resid_mid", here, skip + attn, mid)
+                    mid, post = cache[f"{here}.ln1.hook_out"], cache[f"{here}.ln2.hook_in"]
+                    self.near(
+                        "ln1.hook_out + mlp_out == ln2.hook_in (norms after)", here, mid + mlp, post
+                    )
+                else:
+                    self.near("resid_pre + attn_out == resid_mid", here, pre + attn, mid)
+                    self.near(
+                        "resid_mid + mlp_out == resid_post",
+                        here,
+                        mid * block.skip_scale + mlp,
+                        post,
+                    )
         if block.attn is not None:
             self.attention(f"{here}.attn", block.attn)
 
     def attention(self, here: str, attn: Attention) -> None:
         cache = self.cache
+        if f"{here}.hook_pattern" not in cache:
+            return
         pattern = cache[f"{here}.hook_pattern"]
         rows = pattern.float().sum(-1)
-        # A row that may look nowhere (padding) is all zeros.
-        self.near("rows of the pattern sum to one", here, rows, (rows > 0.5).to(rows))
         scores = cache[f"{here}.hook_attn_scores"]
         softmax = torch.softmax(scores.float(), -1)[..., : pattern.shape[-1]].nan_to_num()
+        if scores.shape == pattern.shape:
+            # A row that may look nowhere (padding) is all zeros.
+            self.near("rows of the pattern sum to one", here, rows, (rows > 0.5).to(rows))
+        else:
+            left = softmax.sum(-1)
+            self.near("rows of the pattern sum to one less the attention sink", here, rows, left)
         self.near("softmax of the scores == pattern", here, softmax, pattern)
-        if attn.v is None or attn.o is None:
+        if f"{here}.hook_result" not in cache or f"{here}.v.hook_out" not in cache:
             return
         v, z = cache[f"{here}.v.hook_out"], cache[f"{here}.o.hook_in"]
         v = v.repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=2)
-        self.near("pattern @ v == z", here, torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
+        if attn.is_direct:
+            self.near("pattern @ v == z", here, torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
         total = cache[f"{here}.hook_result"].sum(2)
-        bias = bias_of(self.model.get_submodule(attn.o), z.flatten(-2))
+        bias = bias_of(self.model.get_submodule(str(attn.o)), z.flatten(-2))
         out = cache[f"{here}.o.hook_out"]
         self.near(
             "sum of hook_result over heads + b_O == attn.o.hook_out", here, _plus(total, bias), out

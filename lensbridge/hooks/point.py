@@ -120,6 +120,7 @@ class HookPoint(nn.Module):
             owners=(),
             live=set(),
             n_edits=0,
+            is_volatile=False,
         )
 
     name: str | None
@@ -131,6 +132,9 @@ class HookPoint(nn.Module):
     bwd: tuple[Listener, ...]
     owners: tuple[Owner, ...]
     live: set[HookPoint]  # the registry's set of points somebody listens to
+    is_volatile: (
+        bool  # the model goes on to change the tensor in place: keep a copy, not a reference
+    )
     n_edits: int  # listeners that may change the value or need its gradient
 
     def __repr__(self) -> str:

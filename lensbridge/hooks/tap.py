@@ -6,7 +6,8 @@ one forward-pre hook and one forward hook, attached while somebody listens and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -240,3 +241,36 @@ def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
         new = point.fire(value)
         if new is not None:
             tap.write(call, new)
+
+
+@contextmanager
+def watch(
+    modules: Mapping[str, nn.Module],
+    before: Callable[[str, tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[str, Any], None],
+) -> Iterator[None]:
+    """Be told of every call of many modules, for the length of a ``with`` block.
+
+    Args:
+        modules: Modules by the name to report them under.
+        before: Given the name and the arguments of a call that begins.
+        after: Given the name and the output of a call that is over.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in modules.items():
+
+            def begin(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                with torch._C.DisableTorchFunction():
+                    before(name, args, kwargs)
+
+            def end(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                with torch._C.DisableTorchFunction():
+                    after(name, output)
+
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(end))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
