@@ -18,7 +18,6 @@ from . import boot
 from .architecture import Architecture
 from .cache import SliceInput
 from .config import BridgeConfig, read_config
-from .infer import infer
 from .inputs import Inputs, prepare
 from .listening import Hooks, Listening
 from .points import build_registry
@@ -31,7 +30,7 @@ from .run import (
     logits_of,
     record_run,
 )
-from .settle import settle
+from .settle import architecture_of
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
@@ -72,7 +71,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         self.original_model = model
         inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
         self._inner: nn.Module = model if inner is None else inner
-        self.architecture: Architecture = settle(self._inner, infer(self._inner))
+        self.architecture: Architecture = architecture_of(self._inner)
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
         self._stack = Stack(

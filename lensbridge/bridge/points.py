@@ -47,7 +47,6 @@ class _Builder:
         self.points: list[HookPoint] = []
         self.absent: dict[str, str] = {}
         self.sites: dict[str, Site] = {}
-        self.overwritten: set[tuple[str, str]] = set()
         self.pure = {norm.path for norm in _norms(architecture) if norm.is_open}
         self.unsettled = Unsettled()
 
@@ -70,20 +69,28 @@ class _Builder:
         point = HookPoint(
             name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default
         )
-        reason = self.unfit(path, tap, axes)
+        reason = self.unfit(name, path, tap, axes)
         if reason:
             self.lacks(reason, name, *extra_aliases)
             return point
-        point.__dict__["is_volatile"] = (path, tap.side) in self.overwritten
+        seen: Trace | None = self.architecture.seen
+        point.__dict__["is_volatile"] = seen is not None and seen.verdicts[name][1]
         self.site(path).add(tap, point)
         self.points.append(point)
         return point
 
-    def unfit(self, path: str, tap: Tap, axes: str) -> str:
+    def unfit(self, name: str, path: str, tap: Tap, axes: str) -> str:
         """Why a place cannot carry a point, as the watched run shows it; empty when it can."""
         seen: Trace | None = self.architecture.seen
         if seen is None:
             return ""
+        if name not in seen.verdicts:
+            reason = self.judge(seen, path, tap, axes)
+            is_volatile = not reason and seen.visits[path][0].is_overwritten(tap.side)
+            seen.verdicts[name] = (reason, is_volatile)
+        return seen.verdicts[name][0]
+
+    def judge(self, seen: Trace, path: str, tap: Tap, axes: str) -> str:
         times = len(seen.visits.get(path, ()))
         if times != 1:
             how = "never" if times == 0 else f"{times} times"
@@ -96,8 +103,6 @@ class _Builder:
         if not isinstance(value, torch.Tensor) or value.dim() != len(axes.split()):
             shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             return f"what passes there is {shape}, not [{axes}]"
-        if visit.is_overwritten(tap.side):
-            self.overwritten.add((path, tap.side))
         return ""
 
     def lacks(self, reason: str, *names: str) -> None:
@@ -198,7 +203,7 @@ class _Builder:
         if reader is None:
             self.lacks("no module reads the stream between attention and MLP", mid)
             return
-        reason = self.unfit(reader, places.whole_input(), _STREAM)
+        reason = self.unfit(mid, reader, places.whole_input(), _STREAM)
         if reason:
             self.lacks(reason, mid)
             return

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .architecture import Architecture, Attention, Block, Norm
+from .infer import infer, text_config
 from .norm import describe_norm
 from .trace import Terms, Trace, Visit, trace
 
@@ -31,47 +32,50 @@ _FAILURES = (
 _SMALL = 50_000_000
 """Parameters up to which a twin with numbers is made."""
 
-_SEEN: dict[tuple[str, str, str], tuple[Trace | None, str]] = {}
+_KNOWN: dict[tuple[Any, ...], Architecture] = {}
 
 
-def watch_run(model: nn.Module, architecture: Architecture) -> tuple[Trace | None, str]:
-    """One watched run of a model of this class and configuration; remembered.
+def architecture_of(model: nn.Module) -> Architecture:
+    """The architecture of a model: proposed by its names, settled by a watched run of its kind.
 
-    Returns:
-        The trace, or None with the reason.
+    Remembered for each class, configuration and module tree, so a second model of a kind costs nothing.
+
+    Raises:
+        ArchitectureError: The model's layers could not be found.
     """
-    config: Any = model.config
-    implementation = str(getattr(config, "_attn_implementation", None))
-    key = (
-        f"{type(model).__module__}.{type(model).__qualname__}",
-        str(config.to_json_string(use_diff=False)),
-        implementation,
-    )
-    if key not in _SEEN:
-        _SEEN[key] = _watch_run(model, architecture)
-    return _SEEN[key]
+    config = text_config(model)  # refuses what is no Hugging Face model
+    whole: Any = getattr(model, "config", config)
+    names = tuple((path, type(module)) for path, module in model.named_modules())
+    key = (whole.to_json_string(use_diff=False), str(whole._attn_implementation), names)
+    if key not in _KNOWN:
+        _KNOWN[key] = settle(model, infer(model))
+    return _KNOWN[key]
 
 
 def _watch_run(model: nn.Module, architecture: Architecture) -> tuple[Trace | None, str]:
+    """One watched run of a model of this class and configuration, or None with the reason."""
     paths = frozenset(block.path for block in architecture.blocks)
     names = [(path, type(module)) for path, module in model.named_modules()]
     size = sum(p.numel() for p in model.parameters())
-    found, first = _try(model, names, paths, "meta")
-    if found is not None or size > _SMALL:
-        return found, first
-    found, second = _try(model, names, paths, "cpu")
-    return found, "" if found is not None else f"{first}; {second}"
+    found, first = _try(model, names, paths, "meta", cached=False)
+    if found is None:
+        # Without a key-value cache some masks look at numbers, which the meta device has not got; with
+        # one, what the values are made of is lost on the way through it. A small twin has numbers.
+        device = "cpu" if size <= _SMALL else "meta"
+        found, second = _try(model, names, paths, device, cached=device == "meta")
+        first = "" if found is not None else f"{first}; {second}"
+    return found, first
 
 
 def _try(
-    model: nn.Module, names: Any, paths: frozenset[str], device: str
+    model: nn.Module, names: Any, paths: frozenset[str], device: str, *, cached: bool
 ) -> tuple[Trace | None, str]:
     try:
         twin = _twin(model, device)
         if [(path, type(module)) for path, module in twin.named_modules()] != names:
             return None, "the model's modules are not those its configuration makes"
         ids = torch.arange(10, device=device).reshape(2, 5) + 3
-        return trace(twin, paths, _runner(twin, ids)), ""
+        return trace(twin, paths, _runner(twin, ids, cached=cached)), ""
     except _FAILURES as error:
         return None, f"a small run on {device} failed: {type(error).__name__}: {str(error)[:150]}"
 
@@ -84,12 +88,12 @@ def _twin(model: nn.Module, device: str) -> nn.Module:
     return twin.eval()
 
 
-def _runner(twin: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+def _runner(twin: nn.Module, ids: torch.Tensor, *, cached: bool) -> Callable[[], Any]:
     config: Any = twin.config
     given: dict[str, Any] = {"input_ids": ids}
     if getattr(config, "is_encoder_decoder", False):
         given["decoder_input_ids"] = ids
-    if getattr(config, "use_cache", None) is True:
+    if getattr(config, "use_cache", None) is True and not cached:
         given["use_cache"] = False
     return lambda: twin(**given)
 
@@ -101,7 +105,7 @@ def settle(model: nn.Module, architecture: Architecture) -> Architecture:
         model: The model.
         architecture: What the names propose.
     """
-    seen, reason = watch_run(model, architecture)
+    seen, reason = _watch_run(model, architecture)
     if seen is None:
         return replace(architecture, unproved=reason)
     blocks = tuple(_Settler(model, seen, block).settle() for block in architecture.blocks)

@@ -9,7 +9,7 @@ exactly, for any module tree, without comparing numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,11 +99,14 @@ class Trace:
         visits: Calls by module path, in order.
         attending: Paths of modules during whose call a softmax attention happened.
         attended: Results of pattern times values, by source, and what the values were made of.
+        verdicts: Filled as points are built on this run: why a point cannot be, and whether its tensor is
+            overwritten later.
     """
 
     visits: dict[str, list[Visit]]
     attending: frozenset[str]
     attended: dict[str, Terms]
+    verdicts: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
     def one(self, path: str | None) -> Visit | None:
         """The call of a module that was called exactly once."""
