@@ -1,0 +1,146 @@
+"""What one watched run shows: norm places, sums of the stream, factors, silent and overwritten places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lensbridge import TransformerBridge
+from lensbridge.bridge.settle import architecture_of
+from lensbridge.bridge.trace import trace
+
+SETTLED = {
+    # name -> (ln1, ln1_post, ln2, ln2_post), parallel, post-norm
+    "llama": (("input_layernorm", None, "post_attention_layernorm", None), False, False),
+    "gemma2": (
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        False,
+        False,
+    ),
+    "olmo2": ((None, "post_attention_layernorm", None, "post_feedforward_layernorm"), False, False),
+    "glm4": (
+        (
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
+        False,
+        False,
+    ),
+    "phi": (("input_layernorm", None, None, None), True, False),
+    "gpt_neox": (("input_layernorm", None, "post_attention_layernorm", None), True, False),
+    "openai-gpt": (("ln_1", None, "ln_2", None), False, True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SETTLED))
+def test_norms_and_order(tiny: Any, name: str) -> None:
+    """Where the norms stand, as the modelling code has it."""
+    norms, is_parallel, is_post_norm = SETTLED[name]
+    block = architecture_of(tiny(name)).blocks[1]
+    found = [block.ln1, block.ln1_post, block.ln2, block.ln2_post]
+    assert tuple(n and n.path.removeprefix(block.path + ".") for n in found) == norms
+    assert (block.is_parallel, block.is_post_norm, block.unproved) == (
+        is_parallel,
+        is_post_norm,
+        "",
+    )
+
+
+def test_residual_factor(tiny: Any, ids: Tensor) -> None:
+    """A model that scales what its branches add says by how much, and the identity holds with it."""
+    bridge = TransformerBridge(tiny("granite", residual_multiplier=0.25))
+    block = bridge.architecture.blocks[0]
+    assert (block.skip_scale, block.attn_scale, block.mlp_scale) == (1.0, 0.25, 0.25)
+    _, cache = bridge.run_with_cache(ids)
+    total = cache["resid_pre", 0] + 0.25 * cache["attn_out", 0]
+    torch.testing.assert_close(total, cache["resid_mid", 0])
+    assert bridge.verify().holds
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bloom", "falcon", "gpt_oss", "xglm", "bart", "bert", "mixtral", "mamba", "deepseek_v3"],
+)
+def test_proved(tiny: Any, name: str) -> None:
+    """One of each kind: stream added inside a part, overwritten values, sinks, folded heads, norms behind."""
+    proof = TransformerBridge(tiny(name)).verify()
+    assert proof.holds, str(proof)
+
+
+def test_overwritten_values_are_copied(tiny: Any, ids: Tensor) -> None:
+    """Falcon adds attention's output into the MLP's, in place; the cache has what the MLP made."""
+    model = tiny("falcon")
+    bridge = TransformerBridge(model)
+    kept: list[Tensor] = []
+    mlp = model.get_submodule(bridge.architecture.blocks[0].mlp.path)
+    handle = mlp.register_forward_hook(lambda module, args, out: kept.append(out.clone()))
+    _, cache = bridge.run_with_cache(ids)
+    handle.remove()
+    assert bridge.get_hook_point("blocks.0.mlp.hook_out").is_volatile
+    assert torch.equal(cache["blocks.0.mlp.hook_out"], kept[0])
+
+
+def test_edit_of_mid_in_a_post_norm_model(tiny: Any, ids: Tensor) -> None:
+    """With norms behind the sums, hook_resid_mid is what the first norm reads."""
+    model = tiny("openai-gpt")
+    bridge = TransformerBridge(model)
+    norm = model.get_submodule(bridge.architecture.blocks[0].ln1.path)
+    handle = norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    expected = model(ids).logits
+    handle.remove()
+    double = [("blocks.0.hook_resid_mid", lambda x, hook: x * 2)]
+    assert torch.equal(bridge.run_with_hooks(ids, fwd_hooks=double), expected)
+
+
+class Odd(nn.Module):
+    """Sums that are and are not a block's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"one": nn.Linear(3, 3), "two": nn.Linear(3, 3)})
+        self.block.forward = self.run  # type: ignore[method-assign]
+
+    def run(self, x: Tensor) -> Tensor:
+        """x + one(x) / 2 + two(x), the second in place."""
+        x = x + self.block["one"](x).clone().view_as(x) * 0.5
+        x += nn.functional.dropout(self.block["two"](x), 0.3, training=False)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block."""
+        return self.block(x)
+
+
+def test_sums_are_read_off() -> None:
+    """Additions, factors, casts, reshapes, idle dropout and work in place are followed."""
+    model = Odd()
+    seen = trace(model, frozenset({"block"}), lambda: model(torch.randn(2, 4, 3)))
+    one, two, block = (seen.one(path) for path in ("block.one", "block.two", "block"))
+    assert one is not None
+    assert two is not None
+    assert block is not None
+    made_one, made_two = next(iter(one.terms_out or {})), next(iter(two.terms_out or {}))
+    assert one.terms_in == {"into block": 1.0}
+    assert two.terms_in == {"into block": 1.0, made_one: 0.5}
+    assert block.terms_out == {"into block": 1.0, made_one: 0.5, made_two: 1.0}
+
+
+def test_the_users_model_is_not_run(tiny: Any) -> None:
+    """Settling looks at a twin: hooks on the user's model see nothing, and its weights stay where they are."""
+    model = tiny("llama", num_hidden_layers=5)
+    seen: list[Any] = []
+    model.register_forward_hook(lambda *args: seen.append(args))
+    pointers = [p.data_ptr() for p in model.parameters()]
+    assert TransformerBridge(model).architecture.unproved == ""
+    assert seen == []
+    assert pointers == [p.data_ptr() for p in model.parameters()]
