@@ -184,7 +184,9 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         return f"TransformerBridge({c.architecture}: {sizes}; {len(self.registry)} hook points)"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{outline(self.registry)}"
+        unproved = self.architecture.unproved
+        note = f"\nread from names alone: {unproved}" if unproved else ""
+        return f"{self!r}{note}\n{outline(self.registry)}"
 
     # --- proving ---------------------------------------------------------------------------------
 

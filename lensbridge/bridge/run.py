@@ -184,7 +184,7 @@ class Stack:
             ids = torch.zeros((1, 1), dtype=torch.long, device=embed.weight.device)
             stop = {"use_cache": False} if takes_use_cache(self.inner) else {}
             try:
-                with self.registry.silenced(), torch.no_grad():
+                with self.registry.silenced(), torch.no_grad(), self._uncompiled():
                     point.add_hook(lambda tensor, hook: None, observes=True)
                     self.inner(input_ids=ids, **stop)
             finally:
@@ -193,15 +193,22 @@ class Stack:
             self._block_kind = (Tensor, 1) if isinstance(out, Tensor) else (type(out), len(out))
         return self._block_kind
 
+    @property
+    def _is_compiled(self) -> bool:
+        return self.model is not self.inner or any(
+            module._compiled_call_impl is not None for module in (self.inner, *self.blocks)
+        )
+
+    def _uncompiled(self) -> Any:
+        """Compiled code does not see hooks that came after its first call, and says nothing about it."""
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else _NOTHING
+
     def _conditions(self) -> Any:
         """What must hold around a run so that every listened-to point can fire."""
         live = self.registry.live
         if not live:
             return _NOTHING
-        # Compiled code does not see hooks that came after its first call, and says nothing about it.
-        compiled = self.model is not self.inner or any(
-            module._compiled_call_impl is not None for module in (self.inner, *self.blocks)
-        )
+        compiled = self._is_compiled
         closed = not is_openable(self.inner) and any(
             str(p.name).endswith(INSIDE_ATTENTION) for p in live
         )
@@ -209,7 +216,7 @@ class Stack:
             return _NOTHING
         conditions = ExitStack()
         if compiled:
-            conditions.enter_context(torch.compiler.set_stance("force_eager"))
+            conditions.enter_context(self._uncompiled())
         if closed:
             conditions.enter_context(openable(self.inner))
         return conditions
