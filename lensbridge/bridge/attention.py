@@ -17,7 +17,8 @@ from torch import Tensor
 from ..hooks import HookPoint, Span
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_ADDING = {torch.baddbmm, Tensor.baddbmm}
+_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, *_ADDING}
 _WATCHED = _SOFTMAX | _PRODUCT | {F.scaled_dot_product_attention}
 
 
@@ -141,6 +142,8 @@ class AttentionSpan(Span):
     def _product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        if func in _ADDING:
+            return self._adding_product(func, args, kwargs)
         if len(args) < 2:
             return func(*args, **kwargs)
         left, right, *rest = args
@@ -149,19 +152,38 @@ class AttentionSpan(Span):
             self._live = None
             self._product_seen = True
         elif not self._product_seen and self._is_qk(left, right):
-            self._product_seen = True
-            left, key = self._fire_rotated(left, right.transpose(-1, -2))
-            right = key.transpose(-1, -2)
+            left, right = self._fire_operands(left, right)
         return func(left, right, *rest, **kwargs)
 
+    def _adding_product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """``baddbmm(bias, q, k)``, its operands by position or by name."""
+        given = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | dict(kwargs)
+        left, right = given.get("batch1"), given.get("batch2")
+        if not self._product_seen and self._is_qk(left, right):
+            given["batch1"], given["batch2"] = self._fire_operands(left, right)
+        return func(given.pop("input"), given.pop("batch1"), given.pop("batch2"), **given)
+
+    def _fire_operands(self, left: Any, right: Any) -> tuple[Tensor, Tensor]:
+        self._product_seen = True
+        if left.dim() == 4:
+            left, key = self._fire_rotated(left, right.transpose(-1, -2))
+            return left, key.transpose(-1, -2)
+        # Heads folded into the batch.
+        shapes = left.shape, right.shape
+        apart = [x.view(-1, self.n_heads, *x.shape[1:]) for x in (left, right)]
+        left, key = self._fire_rotated(apart[0], apart[1].transpose(-1, -2))
+        return left.reshape(shapes[0]), key.transpose(-1, -2).reshape(shapes[1])
+
     def _is_qk(self, left: Any, right: Any) -> bool:
-        return (
-            isinstance(left, Tensor)
-            and isinstance(right, Tensor)
-            and left.dim() == right.dim() == 4
-            and left.shape[1] in (self.n_heads, self.n_key_value_heads)
-            and left.shape[-1] == right.shape[-2]
-        )
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return False
+        if left.dim() != right.dim() or left.shape[-1] != right.shape[-2]:
+            return False
+        if left.dim() == 4:
+            return left.shape[1] in (self.n_heads, self.n_key_value_heads)
+        return left.dim() == 3 and left.shape[0] == right.shape[0] and not left.shape[0] % self.n_heads
 
     # --- firing ------------------------------------------------------------------------------------
 

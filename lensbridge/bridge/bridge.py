@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..hooks import HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from . import boot
-from .architecture import Architecture
+from .architecture import Architecture, Tower
 from .cache import SliceInput
 from .config import BridgeConfig, read_config
+from .example import FAILURES, examples
 from .inputs import Inputs, prepare
 from .listening import Hooks, Listening
 from .points import build_registry
 from .run import (
-    INSIDE_ATTENTION,
     RETURN_TYPES,
     Stack,
     frozen,
@@ -30,11 +30,12 @@ from .run import (
     logits_of,
     record_run,
 )
-from .settle import architecture_of
+from .infer import architecture_of
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
-from .verify import Verification, verify
+from .trace import first_item
+from .verify import Verification, verify_run, verify_tower
 from .view import outline
 
 _Self = TypeVar("_Self", bound="TransformerBridge")
@@ -77,7 +78,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         self._stack = Stack(
             model, self._inner, self.registry, [block.path for block in self.architecture.blocks]
         )
-        embed = self.architecture.embed
+        embed = self.architecture.main.embed
         self._entry = self._inner if embed is None else self._inner.get_submodule(embed)
         self.tokenizer = tokenizer
 
@@ -190,46 +191,67 @@ class TransformerBridge(ModelState, Listening, TextMethods):
 
     # --- proving ---------------------------------------------------------------------------------
 
-    def verify(self, tokens: Int[Tensor, "batch pos"] | None = None) -> Verification:
+    @torch.no_grad()
+    def verify(
+        self, tokens: Int[Tensor, "batch pos"] | None = None, **inputs: Any
+    ) -> Verification:
         """Check on one run that every name means what it says; ``print(bridge.verify())``.
 
+        Towers that this run does not pass (the vision tower of a model run on text) are run by themselves.
+
         Args:
-            tokens: Ids to run on; a few fixed ones unless given.
+            tokens: Ids to run on.
+            **inputs: Other keywords for the model's forward; without any input a small one is made.
         Returns:
             Every identity with its error.
         """
-        if tokens is None:
-            width = min(8, self.cfg.n_ctx or 8)
-            tokens = torch.arange(2 * width).reshape(2, width) % (self.cfg.d_vocab or 2)
-        results = [f"blocks.{i}.attn.hook_result" for i in range(self.cfg.n_layers)]
-        default = [point for point in self.hook_points() if point.is_default]
-        outside = [
-            str(point.name) for point in default if not str(point.name).endswith(INSIDE_ATTENTION)
-        ]
-        every = [str(point.name) for point in default] + [
-            name for name in results if name in self.registry
-        ]
-        with torch.no_grad():
-            bare = self.forward(tokens)
-            opened, closed = (
-                record_run(
-                    self.registry,
-                    lambda: self.forward(tokens),
-                    names_filter=set(names).__contains__,
-                )
-                for names in (every, outside)
-            )
-            tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
-            return verify(
-                self._inner,
-                self.architecture,
-                self.registry,
-                bare,
-                opened,
-                closed,
-                tolerance,
-                [name for name in every if name not in opened[1]],
-            )
+        if tokens is not None:
+            inputs["input_ids"] = tokens
+        if not inputs:
+            inputs = self._example()
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) and self.device else value
+            for name, value in inputs.items()
+        }
+        alone = [tower for tower in self.architecture.towers if tower.root]
+        reached = self._reached(inputs, alone)
+        elsewhere = tuple(tower.prefix for tower in alone if tower not in reached)
+        names = [name for name in self.registry if not elsewhere or not name.startswith(elsewhere)]
+        checks = verify_run(
+            self._inner,
+            self.architecture,
+            self.registry,
+            lambda: first_item(self._stack.call(inputs)),
+            names,
+        )
+        for tower in alone:
+            if tower not in reached:
+                checks += verify_tower(self._inner, self.architecture, self.registry, tower)
+        return Verification(tuple(checks))
+
+    def _example(self) -> dict[str, Any]:
+        reasons: list[str] = []
+        for given in examples(self._inner, self.device or "cpu"):
+            try:
+                self._stack.call(given)
+            except FAILURES as error:
+                reasons.append(f"{', '.join(given)}: {error}")
+                continue
+            return given
+        raise InputError(
+            f"no example input is known on which {type(self._inner).__name__} runs; pass the keywords of "
+            f"its forward to verify() ({'; '.join(reasons)[:300]})"
+        )
+
+    def _reached(self, inputs: dict[str, Any], towers: list[Tower]) -> list[Tower]:
+        """Those of some towers whose layers a run passes."""
+        firsts = {f"{tower.prefix}blocks.0.hook_in": tower for tower in towers}
+        wanted = {name for name in firsts if name in self.registry}
+        if not wanted:
+            return []
+        run = lambda: self._stack.call(inputs)  # noqa: E731
+        _, cache = record_run(self.registry, run, names_filter=wanted.__contains__)
+        return [firsts[name] for name in wanted if name in cache]
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -314,7 +336,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
             return
         self._tokens.check_ids(inputs.tokens)
         n_ctx, length = self.cfg.n_ctx, inputs.tokens.shape[1]
-        if self.architecture.pos_embed is not None and n_ctx is not None and length > n_ctx:
+        if self.architecture.main.pos_embed is not None and n_ctx is not None and length > n_ctx:
             raise InputError(
                 f"{length} tokens are more than the {n_ctx} this model has positions for"
             ) from error

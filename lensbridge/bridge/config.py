@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import Architecture
-from .infer import text_config
+from .architecture import Architecture, Tower
+from .stacks import text_config
 
 _CONTEXT = (
     "max_position_embeddings",
@@ -53,7 +53,7 @@ class BridgeConfig:
         initializer_range, seed: For `boot_native`.
     """
 
-    d_model: int
+    d_model: int | None
     n_layers: int
     n_heads: int | None = None
     d_vocab: int | None = None
@@ -86,17 +86,16 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
     hf = text_config(model)
     attn = next((block.attn for block in architecture.blocks if block.attn is not None), None)
     mlp = next((block.mlp for block in architecture.blocks if block.mlp is not None), None)
-    norm = (
-        next((block.ln1 or block.ln2 for block in architecture.blocks), None)
-        or architecture.ln_final
-    )
-    if architecture.pos_embed is not None:
+    main = architecture.main
+    norms = [branch.ln for block in main.blocks for branch in block.branches if branch.ln]
+    norm = next(iter(norms), main.ln_final)
+    if main.pos_embed is not None:
         positions = "standard"
     else:
         positions = "rotary" if attn is not None and attn.is_rotary else "other"
     first = next(model.parameters(), None)
     return BridgeConfig(
-        d_model=hf.hidden_size,
+        d_model=_width(architecture.main) or getattr(hf, "hidden_size", None),
         n_layers=len(architecture.blocks),
         n_heads=None if attn is None else attn.n_heads,
         d_vocab=getattr(hf, "vocab_size", None),
@@ -119,6 +118,14 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
         dtype=torch.float32 if first is None else first.dtype,
         initializer_range=getattr(hf, "initializer_range", 0.02),
     )
+
+
+def _width(tower: Tower) -> int | None:
+    """Width of the stream, as the watched run shows it."""
+    if tower.seen is None or not tower.blocks:
+        return None
+    entering = tower.seen.visits[tower.blocks[0].path][0].entering
+    return None if entering is None or entering.dim() != 3 else int(entering.shape[-1])
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -1,17 +1,51 @@
-"""From a Hugging Face model to its Architecture: by structure first, by the vocabulary second."""
+"""From any Hugging Face model to its Architecture, by watching one small run of it.
+
+The run is made on a twin without weights, so the user's model is neither run nor touched; a model that cannot
+run without numbers gets a small one. Nothing is guessed from names: a part is what it does in that run, and
+what the run does not show is absent, with the reason.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..hooks import ArchitectureError
 from . import table
-from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection, Split
+from .architecture import Architecture, Block, Norm, Tower
+from .example import FAILURES, examples
+from .layer import Layer
 from .norm import describe_norm
+from .stacks import Stack, find_stacks, text_config
+from .trace import Trace, Visit, has_weights, into, trace
+
+_SMALL = 50_000_000
+"""Parameters up to which a twin with numbers is made."""
+
+_KNOWN: dict[tuple[Any, ...], Architecture] = {}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The architecture of a model, read off a watched run of its kind.
+
+    Remembered for each class, configuration and module tree, so a second model of a kind costs nothing.
+
+    Raises:
+        ArchitectureError: The model's layers could not be found.
+    """
+    config = text_config(model)  # refuses what is no Hugging Face model
+    whole: Any = getattr(model, "config", config)
+    names = tuple((path, type(module)) for path, module in model.named_modules())
+    key = (whole.to_json_string(use_diff=False), str(whole._attn_implementation), names)
+    if key not in _KNOWN:
+        _KNOWN[key] = infer(model)
+    return _KNOWN[key]
 
 
 def infer(model: nn.Module) -> Architecture:
@@ -19,241 +53,236 @@ def infer(model: nn.Module) -> Architecture:
 
     Args:
         model: Any Hugging Face model.
-    Returns:
-        Its architecture; roles that could not be filled are in ``absent`` with what was tried.
     Raises:
-        ArchitectureError: There is no stack of layers to be found.
+        ArchitectureError: The model's layers could not be found.
     """
-    config = text_config(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    stack_path, stack = _find_stack(model, config)
-    trunk_path = stack_path.rpartition(".")[0]
-    trunk = model.get_submodule(trunk_path)
-    rotary = _child(trunk, table.ROTARY) or _child(stack[0], table.ROTARY)
-    is_rotary = rotary is not None or _takes_rotary(stack[0])
-    blocks = tuple(
-        _block(block, f"{stack_path}.{index}", config, is_rotary)
-        for index, block in enumerate(stack)
+    stacks = find_stacks(model)
+    seen, why = _watch(model, stacks)
+    towers = [_Reader(model, stack, seen, why).tower() for stack in stacks]
+    for index, stack in enumerate(stacks[:-1]):
+        if not towers[index].blocks or any(not b.branches for b in towers[index].blocks):
+            alone = _alone(model, stack)
+            towers[index] = towers[index] if alone is None else alone
+    main = towers[-1]
+    if main.prefix == "decoder_":
+        towers.sort(key=lambda tower: tower.prefix == "decoder_")
+    unembed, scale, absent = _head(model, seen, main)
+    projectors = tuple(
+        (path.rpartition(".")[2], path)
+        for path, _ in model.named_modules()
+        if path.rpartition(".")[2] in table.PROJECTORS
     )
-    embed = _path_of(model, paths, "get_input_embeddings")
-    unembed = _path_of(model, paths, "get_output_embeddings")
-    absent = {}
-    if unembed is None:
-        absent["unembed"] = f"{type(model).__name__} has no language-model head"
-    if rotary is None:
-        absent["rotary_emb"] = "the model has no module that computes rotary embeddings"
-    pos_embed = _child(trunk, table.POS_EMBED)
-    if pos_embed is None:
-        absent["pos_embed"] = "the model has no learned position embedding"
-    ln_final = _child(trunk, table.LN_FINAL)
-    if ln_final is None:
-        absent["ln_final"] = f"no final norm beside the layers (tried {', '.join(table.LN_FINAL)})"
-    return Architecture(
-        embed=embed,
-        blocks=blocks,
-        pos_embed=_join(trunk_path, pos_embed),
-        rotary=_join(trunk_path, rotary) if rotary and _child(trunk, table.ROTARY) else None,
-        ln_final=_norm(trunk, trunk_path, ln_final),
-        unembed=unembed,
-        absent=absent,
-    )
+    return Architecture(main, tuple(towers), unembed, scale, projectors, absent)
 
 
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the text model (a multimodal model nests it)."""
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no Hugging Face config; TransformerBridge wraps transformers models"
-        )
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+# --- running --------------------------------------------------------------------------------------------------
 
 
-def _find_stack(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    stacks = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    declared = set(getattr(model, "_no_split_modules", None) or ())
-    n_layers = getattr(config, "num_hidden_layers", None)
-
-    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int]:
-        path, stack = item
-        is_text = not any(word in path for word in table.OTHER_TOWERS)
-        named = any(type(block).__name__ in declared for block in stack)
-        return is_text, named, len(stack) == n_layers, sum(p.numel() for p in stack.parameters())
-
-    best = max(stacks, key=rank, default=None)
-    if best is None:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no list of layers (no nn.ModuleList anywhere); its modules are: "
-            + ", ".join(path for path, _ in list(model.named_modules())[1:8])
-        )
-    return best
-
-
-def _block(block: nn.Module, path: str, config: Any, is_rotary: bool) -> Block:
-    attn_name = _child(block, table.ATTENTION)
-    mlp_name = _child(block, table.MLP)
-    sandwich = _child(block, table.SANDWICH) is not None
-    ln1 = _child(block, table.LN1)
-    ln2 = _child(block, table.LN2)
-    ln1_post = ln2_post = None
-    if sandwich:
-        ln1_post, ln2_post = _child(block, table.LN1_POST), _child(block, table.LN2_POST)
-        ln2 = ln2 if ln2 != ln1_post else None
-    attn = None
-    if attn_name is not None:
-        attn = _attention(block, attn_name, path, config, is_rotary)
-    is_parallel = attn is not None and (
-        any(getattr(block, flag, False) for flag in table.PARALLEL_FLAGS)
-        or (ln2 is None and not sandwich and ln1 is not None)
-    )
-    return Block(
-        path=path,
-        attn=attn,
-        mlp=_mlp(block, mlp_name, path),
-        ln1=_norm(block, path, ln1),
-        ln2=_norm(block, path, ln2),
-        ln1_post=_norm(block, path, ln1_post),
-        ln2_post=_norm(block, path, ln2_post),
-        is_parallel=is_parallel,
-    )
+def _watch(
+    model: nn.Module, stacks: tuple[Stack, ...], root: str = ""
+) -> tuple[Trace | None, str]:
+    """One watched run of a model of this class and configuration, or None with the reason."""
+    blocks = frozenset(block for stack in stacks for block in stack.blocks)
+    main = stacks[-1].blocks
+    wanted = {path for path, _ in model.named_modules()}
+    size = sum(p.numel() for p in model.parameters())
+    reasons: list[str] = []
+    twins: dict[str, nn.Module] = {}
+    devices = ("meta", "cpu") if size <= _SMALL else ("meta",)
+    count = len(list(examples(model, "meta")))
+    for index, device in ((i, d) for i in range(count) for d in devices):
+        try:
+            if device not in twins:
+                twins[device] = _twin(model, device)
+            twin = twins[device]
+            given = next(islice(examples(twin, device), index, None))
+            if not {path for path, _ in twin.named_modules()} <= wanted:
+                return None, "the model's modules are not those its configuration makes"
+            seen = trace(twin, blocks, partial(twin, **given), root)
+        except FAILURES as error:
+            reasons.append(f"a run on {device} failed: {type(error).__name__}: {str(error)[:150]}")
+            continue
+        if any(path in seen.visits for path in main):
+            return seen, ""
+        reasons.append(f"a run on {', '.join(given)} did not reach the layers")
+    return None, reasons[0] if reasons else "no input for it is known"
 
 
-def _attention(
-    block: nn.Module, name: str, block_path: str, config: Any, is_rotary: bool
-) -> Attention:
-    attn = block.get_submodule(name)
-    path = f"{block_path}.{name}"
-    n_heads = _fact(attn, config, ("num_heads", "num_attention_heads", "n_heads", "n_head"))
-    n_kv = _fact(attn, config, ("num_key_value_heads", "num_kv_heads"), default=n_heads)
-    o_name = _child(attn, table.O)
-    width: int = config.hidden_size
-    if o_name is not None:
-        width = features(attn.get_submodule(o_name))[0] or width
-    joint = _child(attn, tuple(table.QKV))
-    q_name, k_name, v_name = (_child(attn, names) for names in (table.Q, table.K, table.V))
-    # "asks the modules": a head's width is what the projection makes, not what the config says.
-    d_head_v = width // n_heads
-    d_head = d_head_v
-    q = k = v = None
-    if joint is not None:
-        total = features(attn.get_submodule(joint))[1] or 0
-        d_head = total // (n_heads + 2 * n_kv)
-        split = _split(table.QKV[joint], n_heads, n_kv, d_head)
-        if sum(split.sizes) * split.groups == total:
-            q, k, v = (Projection(f"{path}.{joint}", split, index) for index in range(3))
-    elif q_name and k_name and v_name:
-        q, k, v = (Projection(f"{path}.{name}") for name in (q_name, k_name, v_name))
-        d_head = (features(attn.get_submodule(q_name))[1] or width) // n_heads
-        n_kv = (features(attn.get_submodule(k_name))[1] or n_kv * d_head) // d_head
-    return Attention(
-        path=path,
-        q=q,
-        k=k,
-        v=v,
-        o=_join(path, o_name),
-        n_heads=n_heads,
-        n_key_value_heads=n_kv,
-        d_head=d_head,
-        d_head_v=d_head_v,
-        is_rotary=is_rotary,
-        q_norm=_norm(attn, path, _child(attn, table.Q_NORM)),
-        k_norm=_norm(attn, path, _child(attn, table.K_NORM)),
-    )
+def _twin(model: nn.Module, device: str) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    with torch.random.fork_rng([]), torch.device(device):
+        kind: Any = type(model)
+        twin = kind._from_config(config)
+    return twin.eval()
 
 
-def _split(layout: str, n_heads: int, n_kv: int, d_head: int) -> Split:
-    if layout == "per_head":
-        return Split(n_heads, (d_head, d_head, d_head))
-    return Split(1, (n_heads * d_head, n_kv * d_head, n_kv * d_head))
-
-
-def _mlp(block: nn.Module, name: str | None, block_path: str) -> Mlp | None:
-    if name is None and _child(block, table.MLP_OUT) is None:
-        return None
-    home = block if name is None else block.get_submodule(name)
-    path = block_path if name is None else f"{block_path}.{name}"
-    joint, gate, inp, out = (
-        _child(home, names)
-        for names in (table.GATE_UP, table.MLP_GATE, table.MLP_IN, table.MLP_OUT)
-    )
-    own_path = None if name is None else path
-    if out is None or not isinstance(home.get_submodule(out), nn.Module):
-        return Mlp(own_path, None, None, None, None)
-    d_mlp = features(home.get_submodule(out))[0]
-    if joint is not None and d_mlp is not None:
-        split = Split(1, (d_mlp, d_mlp))
-        shares = [Projection(f"{path}.{joint}", split, index) for index in range(2)]
-        return Mlp(own_path, shares[1], shares[0], f"{path}.{out}", d_mlp)
-    return Mlp(
-        own_path,
-        None if inp is None else Projection(f"{path}.{inp}"),
-        None if gate is None else Projection(f"{path}.{gate}"),
-        f"{path}.{out}",
-        d_mlp,
-    )
-
-
-def features(module: nn.Module) -> tuple[int | None, int | None]:
-    """(in, out) widths of a linear layer, from what it says of itself; weights are not read."""
-    if isinstance(getattr(module, "in_features", None), int):
-        return module.in_features, module.out_features  # type: ignore[return-value]
-    if isinstance(getattr(module, "nf", None), int):  # transformers' Conv1D
-        return module.nx, module.nf  # type: ignore[return-value]
-    return None, None
-
-
-def _fact(
-    module: nn.Module, config: Any, names: tuple[str, ...], default: int | None = None
-) -> int:
-    for source in (module, config):
-        for name in names:
-            value = getattr(source, name, None)
-            if isinstance(value, int):
-                return value
-    if default is not None:
-        return default
-    raise ArchitectureError(
-        f"{type(module).__name__}: none of {', '.join(names)} is on the module or its config"
-    )
-
-
-def _child(module: nn.Module, names: Iterable[str]) -> str | None:
-    """The first of these child paths that exists."""
-    for name in names:
-        current: Any = module
-        for part in name.split("."):
-            current = current._modules.get(part) if isinstance(current, nn.Module) else None
-        if isinstance(current, nn.Module):
-            return name
+def _alone(model: nn.Module, stack: Stack) -> Tower | None:
+    """A tower the whole model's run did not pass, watched in a run of its own."""
+    for path in _owners(stack.path):
+        owner: Any = model.get_submodule(path)
+        if not hasattr(owner, "_from_config") or not hasattr(owner, "config"):
+            continue
+        seen, _ = _watch(owner, (stack,), path)
+        if seen is not None:
+            return replace(_Reader(model, stack, seen, "").tower(), root=path)
     return None
 
 
-def _norm(home: nn.Module, home_path: str, name: str | None) -> Norm | None:
-    if name is None:
+def _owners(path: str) -> Iterator[str]:
+    """The modules around a path, innermost first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads one tower off a trace."""
+
+    def __init__(self, model: nn.Module, stack: Stack, seen: Trace | None, why: str) -> None:
+        self.model = model
+        self.stack = stack
+        self.why = why
+        ran = seen is not None and any(path in seen.visits for path in stack.blocks)
+        self.seen = seen if ran else None
+        if seen is not None and not ran:
+            self.why = f"{stack.path} did not run on the example that was tried"
+
+    def tower(self) -> Tower:
+        stack, seen = self.stack, self.seen
+        if seen is None:
+            blocks = tuple(Block(path, unproved=self.why) for path in stack.blocks)
+            return Tower(stack.prefix, blocks, unproved=self.why)
+        inside: dict[str, list[str]] = {path: [] for path in stack.blocks}
+        for path in seen.visits:
+            home = path
+            while home:
+                home = home.rpartition(".")[0]
+                if home in inside:
+                    inside[home].append(path)
+                    break
+        calls = sorted(
+            (visit.began, path, call)
+            for path in stack.blocks
+            for call, visit in enumerate(seen.visits.get(path, ()))
+        )
+        blocks = [
+            Layer(self.model, seen, path, inside[path], call).block() for _, path, call in calls
+        ]
+        for index in range(len(blocks) - 1):
+            after, here = blocks[index + 1], blocks[index]
+            out = seen.visits[here.path][here.call].terms_out
+            if seen.before.get(into(after.path, after.call)) != out:
+                blocks[index] = replace(here, is_chained=False)
+        absent: dict[str, str] = {}
+        embed, pos_embed, ln_embed = self.entry(seen, blocks[0], absent)
+        return Tower(
+            stack.prefix,
+            tuple(blocks),
+            embed=embed,
+            pos_embed=pos_embed,
+            rotary=self.rotary(seen, absent),
+            ln_embed=ln_embed,
+            ln_final=self.ln_final(seen, blocks, absent),
+            absent=absent,
+            seen=seen,
+        )
+
+    def entry(
+        self, seen: Trace, first: Block, absent: dict[str, str]
+    ) -> tuple[str | None, str | None, Norm | None]:
+        """What the first layer's input is made of: embeddings, positions, a norm."""
+        terms = seen.before.get(into(first.path, first.call), {})
+        makers = self.makers(seen)
+        ln = None
+        if len(terms) == 1:
+            visit = makers.get(next(iter(terms)))
+            if visit is not None and self.is_norm(visit.path):
+                ln = describe_norm(self.model.get_submodule(visit.path), visit.path)
+                terms = visit.terms_in or {}
+        found = [makers[s].path for s in terms if s in makers]
+        found = [path for path in found if has_weights(self.model.get_submodule(path))]
+        getter = _path_of(self.model, "get_input_embeddings")
+        embed = getter if self.stack.prefix in ("", "decoder_") or getter in found else None
+        embed = embed or next(iter(found), None)
+        pos = next((p for p in found if p != embed and "type" not in p), None)
+        if pos is None:
+            absent["pos_embed"] = "no learned position embedding is added to the token embedding"
+        if embed is None:
+            absent["embed"] = "no embedding layer was seen to make the first layer's input"
+        return embed, pos, ln
+
+    def makers(self, seen: Trace) -> dict[str, Visit]:
+        found: dict[str, Visit] = {}
+        for visits in seen.visits.values():
+            for visit in visits:
+                if visit.terms_out is not None and list(visit.terms_out.values()) == [1.0]:
+                    source = next(iter(visit.terms_out))
+                    if source not in found or visit.ended < found[source].ended:
+                        found[source] = visit
+        return found
+
+    def is_norm(self, path: str) -> bool:
+        return "norm" in type(self.model.get_submodule(path)).__name__.lower()
+
+    def ln_final(self, seen: Trace, blocks: list[Block], absent: dict[str, str]) -> Norm | None:
+        last = seen.visits[blocks[-1].path][blocks[-1].call]
+        behind = [
+            visit
+            for visits in seen.visits.values()
+            for visit in visits
+            if visit.began > last.ended and visit.terms_in == last.terms_out and self.is_norm(visit.path)
+        ]
+        if not behind:
+            absent["ln_final"] = "no norm reads the last layer's output"
+            return None
+        path = min(behind, key=lambda visit: visit.began).path
+        return describe_norm(self.model.get_submodule(path), path)
+
+    def rotary(self, seen: Trace, absent: dict[str, str]) -> str | None:
+        """The module beside the layers that makes cosines and sines."""
+        home = self.stack.path.rpartition(".")[0]
+        for path, visits in seen.visits.items():
+            if path.rpartition(".")[0] not in (home, home.rpartition(".")[0]):
+                continue
+            if "rotary" in type(self.model.get_submodule(path)).__name__.lower():
+                out = visits[0].output
+                if isinstance(out, tuple) and len(out) == 2:
+                    return path
+        absent["rotary_emb"] = "no module beside the layers computes rotary cosines and sines"
         return None
-    return describe_norm(home.get_submodule(name), str(_join(home_path, name)))
 
 
-def _join(home: str, name: str | None) -> str | None:
-    if name is None:
-        return None
-    return f"{home}.{name}" if home else name
+def _head(
+    model: nn.Module, seen: Trace | None, main: Tower
+) -> tuple[str | None, float | None, dict[str, str]]:
+    """The head, and by what factor its output becomes the logits."""
+    path = table.row_of(model).get("unembed") or _path_of(model, "get_output_embeddings")
+    if seen is None:
+        return path, None, {} if path else {"unembed": f"{type(model).__name__} has no head"}
+    if path is None:
+        made = [
+            visit
+            for visits in seen.visits.values()
+            for visit in visits
+            if visit.terms_out == seen.answer and has_weights(model.get_submodule(visit.path))
+        ]
+        path = made[0].path if made else None
+    visit = seen.one(path)
+    if path is None or visit is None:
+        return None, None, {"unembed": f"{type(model).__name__} has no head that makes its output"}
+    own = visit.terms_out or {}
+    if own and set(own) == set(seen.answer):
+        source = next(iter(own))
+        return path, seen.answer[source] / own[source], {}
+    return path, None, {}
 
 
-def _path_of(model: nn.Module, paths: dict[int, str], getter: str) -> str | None:
+def _path_of(model: nn.Module, getter: str) -> str | None:
     try:
         module = getattr(model, getter)()
-    except NotImplementedError:
-        return None  # transformers raises this for models without the part
-    return paths.get(id(module))
-
-
-def _takes_rotary(block: nn.Module) -> bool:
-    attn = _child(block, table.ATTENTION)
-    if attn is None:
-        return False
-    return "position_embeddings" in inspect.signature(block.get_submodule(attn).forward).parameters
+    except (NotImplementedError, AttributeError):
+        return None  # transformers raises these for models without the part
+    return next((path for path, part in model.named_modules() if part is module), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -80,6 +81,16 @@ def set_item(call: Call, index: int, value: Tensor) -> None:
 def whole_input() -> Tap:
     """A module's input as it is."""
     return Tap("input", get_input, set_input)
+
+
+def input_at(index: int) -> Tap:
+    """One positional argument of a module."""
+
+    def write(call: Call, value: Tensor) -> None:
+        call.changed = True
+        call.args = (*call.args[:index], value, *call.args[index + 1 :])
+
+    return Tap("input", lambda call: call.args[index], write)
 
 
 def named_input(index: int, name: str) -> Tap:
@@ -182,6 +193,49 @@ def shared_input(projection: Projection, split: Split) -> tuple[Tap, Action]:
             set_output(call, put_share(get_output(call), split, projection.index, share))
 
     return Tap("input", read, lambda call, value: changed.append(value)), Action(apply)
+
+
+# --- layouts --------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """How many rows and positions the layer that is running has: [batch, pos] of what entered it."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] = (1, 1)
+
+    def note(self) -> Action:
+        """What to do when the layer begins."""
+
+        def run(call: Call) -> None:
+            shape = get_input(call).shape
+            self.shape = (shape[0], shape[1])
+
+        return Action(run, "input")
+
+
+def through(tap: Tap, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tap:
+    """A tap that shows its tensor in another layout."""
+    return Tap(
+        tap.side,
+        lambda call: there(tap.read(call)),
+        lambda call, value: tap.write(call, back(value)),
+    )
+
+
+def unflattened(tap: Tap, rows: Rows) -> Tap:
+    """[batch * pos, ...] as [batch, pos, ...]."""
+    return through(tap, lambda x: x.unflatten(0, rows.shape), lambda x: x.flatten(0, 1))
+
+
+def swapped(tap: Tap, first: int, second: int) -> Tap:
+    """Two axes the other way round."""
+    return through(tap, lambda x: x.transpose(first, second), lambda x: x.transpose(first, second))
+
+
+def squeezed(tap: Tap, axis: int) -> Tap:
+    """Without an axis of length one."""
+    return through(tap, lambda x: x.squeeze(axis), lambda x: x.unsqueeze(axis))
 
 
 # --- inside a norm --------------------------------------------------------------------------------------

@@ -1,29 +1,23 @@
 """From an Architecture to hook points: which places exist, what they are called, how they are reached.
 
-The one list of canonical points. Order is execution order.
+The one list of canonical points, with the parts of a branch in `attention_points` and `mlp_points`. Order is
+execution order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..hooks import ArchitectureError, Call, HookPoint, HookRegistry, Site, Tap, Unsettled
-from ..hooks.names import aliases_of
+from ..hooks import HookPoint, HookRegistry
 from . import places
-from .architecture import Architecture, Attention, Block, Mlp, Norm, Projection
-from .attention import AttentionSpan
+from .architecture import Architecture, Attention, Block, Mlp, Tower
+from .attention_points import attention, head_inputs
 from .branch import BranchSpan
-from .head_inputs import HeadInputs
-from .trace import Trace
+from .builder import IDS, STREAM, Builder
+from .mlp_points import mixer, mlp
+from .raw import RawPoints
 
-_STREAM = "batch pos d_model"
-_UNREADABLE = (RuntimeError, IndexError, KeyError, TypeError, AttributeError, ArchitectureError)
-# Modules that change none of their arguments; norms join them once their formula is known.
-_PURE = (nn.Linear, nn.Embedding, Conv1D)
+_NORM = ("in", "scale", "normalized", "out")
 
 
 def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry:
@@ -35,375 +29,166 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     Returns:
         The registry; its ``absent`` says why a canonical name is missing.
     """
-    builder = _Builder(model, architecture)
-    builder.build()
-    return HookRegistry(builder.points, builder.absent, builder.unsettled)
+    build = Builder(model, architecture)
+    for one in architecture.towers:
+        tower(build, one)
+    head(build)
+    return HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build))
 
 
-class _Builder:
-    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        self.modules = dict(model.named_modules())
-        self.architecture = architecture
-        self.points: list[HookPoint] = []
-        self.absent: dict[str, str] = {}
-        self.sites: dict[str, Site] = {}
-        self.pure = {norm.path for norm in _norms(architecture) if norm.is_open}
-        self.unsettled = Unsettled()
+def tower(build: Builder, one: Tower) -> None:
+    """Embeddings, layers and final norm of a tower."""
+    build.enter(one, None)
+    prefix, absent = one.prefix, one.absent
+    for part, path in (("embed", one.embed), ("pos_embed", one.pos_embed)):
+        names = f"{prefix}{part}.hook_in", f"{prefix}{part}.hook_out"
+        if path is None:
+            build.lacks(absent.get(part) or one.unproved or "not seen", *names)
+            continue
+        turn = _turn(build, one, path)
+        is_ids = isinstance(build.modules[path], nn.Embedding)
+        if is_ids:
+            build.add(names[0], path, places.whole_input(), IDS, turn=turn)
+        else:
+            build.lacks(f"{path} embeds no ids; see {names[1]}", names[0])
+        build.add(names[1], path, places.whole_output(), STREAM, turn=turn)
+    if one.ln_embed is not None:
+        build.norm(f"{prefix}ln_embed", one.ln_embed, STREAM)
+    if one.rotary is not None:
+        # Position ids: of the hidden state it is also given, a rotary module reads only the dtype.
+        position_ids = places.named_input(1, "position_ids")
+        build.add(f"{prefix}rotary_emb.hook_in", one.rotary, position_ids, IDS)
+        for index, part in enumerate(("cos", "sin")):
+            name = f"{prefix}rotary_emb.hook_{part}"
+            build.add(name, one.rotary, places.output_item(index), "batch pos d_rotary")
+    else:
+        names3 = [f"{prefix}rotary_emb.hook_{part}" for part in ("in", "cos", "sin")]
+        build.lacks(absent.get("rotary_emb") or one.unproved, *names3)
+    for index, part in enumerate(one.blocks):
+        build.enter(one, part)
+        block(build, f"{prefix}blocks.{index}", part)
+    build.enter(one, None)
+    names4 = [f"{prefix}ln_final.hook_{part}" for part in _NORM]
+    if one.ln_final is not None:
+        build.norm(f"{prefix}ln_final", one.ln_final, STREAM)
+    else:
+        build.lacks(absent.get("ln_final") or one.unproved, *names4)
 
-    def site(self, path: str) -> Site:
-        if path not in self.sites:
-            module = self.modules[path]
-            is_pure = isinstance(module, _PURE) or path in self.pure
-            self.sites[path] = Site(module, self.unsettled, is_pure=is_pure)
-        return self.sites[path]
 
-    def add(
-        self,
-        name: str,
-        path: str,
-        tap: Tap,
-        axes: str,
-        *extra_aliases: str,
-        is_default: bool = True,
-    ) -> HookPoint:
-        point = HookPoint(
-            name, (*aliases_of(name), *extra_aliases), axes=axes, is_default=is_default
+def _turn(build: Builder, one: Tower, path: str) -> tuple[int, int] | None:
+    """Which call of an embedding is this tower's, where encoder and decoder share it."""
+    if one.seen is None:
+        return None
+    times = len(one.seen.visits.get(path, ()))
+    sharing = [t for t in build.architecture.towers if path in (t.embed, t.pos_embed)]
+    return (sharing.index(one), times) if times == len(sharing) > 1 else None
+
+
+def head(build: Builder) -> None:
+    """The head, and what carries one tower's output to another."""
+    a = build.architecture
+    build.enter(a.main, None)
+    if a.unembed is not None:
+        build.add("unembed.hook_in", a.unembed, places.whole_input(), STREAM)
+        build.add("unembed.hook_out", a.unembed, places.whole_output(), "batch pos d_vocab")
+    else:
+        build.lacks(a.absent.get("unembed", "no head"), "unembed.hook_in", "unembed.hook_out")
+
+
+# --- a block --------------------------------------------------------------------------------------------------
+
+
+def block(build: Builder, name: str, one: Block) -> None:
+    """Everything in a layer."""
+    build.add(f"{name}.hook_in", one.path, places.whole_input(), STREAM)
+    _missing(build, name, one)
+    for index, branch in enumerate(one.branches):
+        if branch.ln is not None and branch.place != "after" and not _shares(one, index):
+            build.norm(f"{name}.ln{branch.number}", branch.ln, STREAM)
+        part = f"{name}.{branch.name}"
+        if isinstance(branch.part, Attention):
+            head_inputs(build, part, branch, branch.part)
+            attention(build, part, branch, branch.part)
+        elif isinstance(branch.part, Mlp):
+            mlp(build, part, branch, branch.part)
+        else:
+            mixer(build, part, branch, branch.part)
+        if branch.ln_post is not None:
+            added = f"{name}.hook_{branch.name}_out"
+            build.norm(f"{name}.ln{branch.number}_post", branch.ln_post, STREAM, added)
+        between(build, name, one, index)
+        if branch.ln is not None and branch.place == "after":
+            build.norm(f"{name}.ln{branch.number}", branch.ln, STREAM)
+    build.add(f"{name}.hook_out", one.path, places.whole_output(), STREAM)
+
+
+def _shares(one: Block, index: int) -> bool:
+    """Whether a branch has the norm of the one before it."""
+    return index > 0 and one.branches[index].ln == one.branches[index - 1].ln
+
+
+def _missing(build: Builder, name: str, one: Block) -> None:
+    """Say why the names of a plain block are not there."""
+    why = one.unproved or f"this layer is {one.kind}"
+    numbers = {
+        f"ln{b.number}" for b in one.branches if b.ln is not None
+    } | {f"ln{b.number}_post" for b in one.branches if b.ln_post is not None}
+    for part in ("ln1", "ln1_post", "ln2", "ln2_post"):
+        if part not in numbers:
+            reason = one.unproved or f"this model's blocks have no {part} (no norm in that place)"
+            build.lacks(reason, *(f"{name}.{part}.hook_{p}" for p in _NORM))
+    for part, points in (("attn", _ATTENTION), ("mlp", _MLP)):
+        if one.branch(part) is None:
+            build.lacks(why, *(f"{name}.{part}.{point}" for point in points))
+            build.lacks(why, f"{name}.hook_{part}_out")
+
+
+def between(build: Builder, name: str, one: Block, index: int) -> None:
+    """The stream between a branch and the next."""
+    branches = one.branches
+    last = index == len(branches) - 1
+    mid = f"{name}.hook_resid_mid" + (str(index + 1) if index else "")
+    if one.unproved:
+        build.lacks(one.unproved, mid)
+        return
+    if last:
+        if index == 0:
+            build.lacks("this layer is one branch; the stream has no value between", mid)
+        return
+    if branches[index + 1].joins:
+        first, second = (_WORDS.get(b.name, b.name) for b in branches[index : index + 2])
+        build.lacks(
+            f"{first} and {second} run in parallel here and are added in one sum, so the stream has no "
+            "value between them",
+            mid,
         )
-        reason = self.unfit(name, path, tap, axes)
-        if reason:
-            self.lacks(reason, name, *extra_aliases)
-            return point
-        seen: Trace | None = self.architecture.seen
-        point.__dict__["is_volatile"] = seen is not None and seen.verdicts[name][1]
-        self.site(path).add(tap, point)
-        self.points.append(point)
-        return point
-
-    def unfit(self, name: str, path: str, tap: Tap, axes: str) -> str:
-        """Why a place cannot carry a point, as the watched run shows it; empty when it can."""
-        seen: Trace | None = self.architecture.seen
-        if seen is None:
-            return ""
-        if name not in seen.verdicts:
-            reason = self.judge(seen, path, tap, axes)
-            is_volatile = not reason and seen.visits[path][0].is_overwritten(tap.side)
-            seen.verdicts[name] = (reason, is_volatile)
-        return seen.verdicts[name][0]
-
-    def judge(self, seen: Trace, path: str, tap: Tap, axes: str) -> str:
-        times = len(seen.visits.get(path, ()))
-        if times != 1:
-            how = "never" if times == 0 else f"{times} times"
-            return f"the model calls {path} {how} in one pass; a name stands for one value"
-        visit = seen.visits[path][0]
-        try:
-            value = tap.read(Call(self.modules[path], visit.args, visit.kwargs, visit.output))
-        except _UNREADABLE as error:
-            return f"what passes there cannot be read as [{axes}]: {type(error).__name__}: {error}"
-        if not isinstance(value, torch.Tensor) or value.dim() != len(axes.split()):
-            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            return f"what passes there is {shape}, not [{axes}]"
-        return ""
-
-    def lacks(self, reason: str, *names: str) -> None:
-        for name in names:
-            self.absent[name] = reason
-            for alias in aliases_of(name):
-                self.absent[alias] = reason
-
-    # --- the model -------------------------------------------------------------------------------
-
-    def build(self) -> None:
-        a = self.architecture
-        if a.embed is not None:
-            self.add("embed.hook_in", a.embed, places.whole_input(), "batch pos")
-            self.add("embed.hook_out", a.embed, places.whole_output(), _STREAM)
-        if a.pos_embed is not None:
-            self.add("pos_embed.hook_in", a.pos_embed, places.whole_input(), "batch pos")
-            self.add("pos_embed.hook_out", a.pos_embed, places.whole_output(), _STREAM)
-        else:
-            self.lacks(a.absent["pos_embed"], "pos_embed.hook_in", "pos_embed.hook_out")
-        if a.rotary is not None:
-            # Position ids: of the hidden state it is also given, a rotary module reads only the dtype.
-            position_ids = places.named_input(1, "position_ids")
-            self.add("rotary_emb.hook_in", a.rotary, position_ids, "batch pos")
-            self.add("rotary_emb.hook_cos", a.rotary, places.output_item(0), "batch pos d_rotary")
-            self.add("rotary_emb.hook_sin", a.rotary, places.output_item(1), "batch pos d_rotary")
-        else:
-            names = [f"rotary_emb.hook_{part}" for part in ("in", "cos", "sin")]
-            self.lacks(a.absent.get("rotary_emb", "computed inside each layer"), *names)
-        for index, block in enumerate(a.blocks):
-            self.block(f"blocks.{index}", block)
-        if a.ln_final is not None:
-            self.norm("ln_final", a.ln_final, _STREAM)
-        else:
-            names = [f"ln_final.hook_{part}" for part in ("in", "scale", "normalized", "out")]
-            self.lacks(a.absent["ln_final"], *names)
-        if a.unembed is not None:
-            self.add("unembed.hook_in", a.unembed, places.whole_input(), _STREAM)
-            self.add("unembed.hook_out", a.unembed, places.whole_output(), "batch pos d_vocab")
-        else:
-            self.lacks(a.absent["unembed"], "unembed.hook_in", "unembed.hook_out")
-
-    # --- a block ---------------------------------------------------------------------------------
-
-    def block(self, name: str, block: Block) -> None:
-        self.add(f"{name}.hook_in", block.path, places.whole_input(), _STREAM)
-        for part in ("ln1", "ln1_post", "ln2", "ln2_post"):
-            if getattr(block, part) is None:
-                reason = f"this model's blocks have no {part} (no norm in that place)"
-                self.lacks(
-                    reason,
-                    *(f"{name}.{part}.hook_{p}" for p in ("in", "scale", "normalized", "out")),
-                )
-        if block.ln1 is not None and not block.is_post_norm:
-            self.norm(f"{name}.ln1", block.ln1, _STREAM)
-        if block.attn is not None:
-            self.head_inputs(name, block.attn, block)
-            self.attention(name, block.attn, block)
-        else:
-            self.lacks(
-                "attention was not recognised in this layer", *_names(name, "attn", _ATTENTION)
-            )
-        if block.ln1_post is not None:
-            self.norm(f"{name}.ln1_post", block.ln1_post, _STREAM, f"{name}.hook_attn_out")
-        if block.attn is not None and block.mlp is not None:
-            self.resid_mid(name, block)
-        if block.is_post_norm and block.ln1 is not None:
-            self.norm(f"{name}.ln1", block.ln1, _STREAM)
-        if block.ln2 is not None and not block.is_post_norm:
-            self.norm(f"{name}.ln2", block.ln2, _STREAM)
-        if block.mlp is not None:
-            self.mlp(name, block.mlp, block)
-        else:
-            self.lacks("an MLP was not recognised in this layer", *_names(name, "mlp", _MLP))
-        if block.attn is None or block.mlp is None:
-            self.lacks(
-                "this layer is not recognised as attention and MLP", f"{name}.hook_resid_mid"
-            )
-        if block.is_post_norm and block.ln2 is not None:
-            self.norm(f"{name}.ln2", block.ln2, _STREAM)
-        if block.ln2_post is not None:
-            self.norm(f"{name}.ln2_post", block.ln2_post, _STREAM, f"{name}.hook_mlp_out")
-        self.add(f"{name}.hook_out", block.path, places.whole_output(), _STREAM)
-
-    def resid_mid(self, name: str, block: Block) -> None:
-        mid = f"{name}.hook_resid_mid"
-        if block.unproved:
-            self.lacks(block.unproved, mid)
-            return
-        if block.is_parallel:
-            self.lacks(
-                "attention and MLP run in parallel here, both reading hook_resid_pre, so the stream has no "
-                "value between them",
-                mid,
-            )
-            return
-        reader = block.mid or (block.ln2.path if block.ln2 is not None else _entry(block.mlp))
-        if reader is None:
-            self.lacks("no module reads the stream between attention and MLP", mid)
-            return
-        reason = self.unfit(mid, reader, places.whole_input(), _STREAM)
-        if reason:
-            self.lacks(reason, mid)
-            return
-        point = HookPoint(mid, axes=_STREAM)
-        span = BranchSpan(point)
-        self.site(reader).add(span.tap(), point)
-        self.site(block.path).set_span(span)
-        self.points.append(point)
-
-    def norm(self, name: str, norm: Norm, axes: str, *out_aliases: str) -> None:
-        self.add(f"{name}.hook_in", norm.path, places.whole_input(), axes)
-        if norm.is_open:
-            one = axes.rsplit(" ", 1)[0] + " 1"
-            self.add(f"{name}.hook_scale", norm.path, places.norm_scale(norm), one)
-            self.add(f"{name}.hook_normalized", norm.path, places.norm_normalized(norm), axes)
-        else:
-            kind = type(self.modules[norm.path]).__name__
-            self.lacks(
-                f"{kind} is neither the LayerNorm nor the RMSNorm formula, so its inside has no names",
-                f"{name}.hook_scale",
-                f"{name}.hook_normalized",
-            )
-        self.add(f"{name}.hook_out", norm.path, places.whole_output(), axes, *out_aliases)
-
-    # --- attention -------------------------------------------------------------------------------
-
-    def attention(self, block_name: str, attn: Attention, block: Block) -> None:
-        name = f"{block_name}.attn"
-        self.add(f"{name}.hook_in", attn.path, places.whole_input(), _STREAM)
-        heads = {
-            "q": (attn.n_heads, attn.d_head),
-            "k": (attn.n_key_value_heads, attn.d_head),
-            "v": (attn.n_key_value_heads, attn.d_head_v),
-        }
-        axes = {
-            "q": "batch pos head d_head",
-            "k": "batch pos kv_head d_head",
-            "v": "batch pos kv_head d_head",
-        }
-        for part, projection in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
-            self.projection(f"{name}.{part}", projection, heads[part], axes[part])
-        for part, norm in (("q_norm", attn.q_norm), ("k_norm", attn.k_norm)):
-            if norm is not None:
-                self.norm(f"{name}.{part}", norm, axes[part[0]])
-            else:
-                parts = ("in", "scale", "normalized", "out")
-                self.lacks(
-                    f"attention has no {part} in this model",
-                    *(f"{name}.{part}.hook_{p}" for p in parts),
-                )
-        self.inside(name, attn)
-        if attn.o is not None:
-            z = (attn.n_heads, attn.d_head_v)
-            self.add(f"{name}.o.hook_in", attn.o, places.input_heads(*z), "batch pos head d_head")
-            self.add(
-                f"{name}.hook_result",
-                attn.o,
-                places.head_results(*z),
-                "batch pos head d_model",
-                is_default=False,
-            )
-            adds = block.attn_out == attn.o and block.ln1_post is None
-            alias = (f"{block_name}.hook_attn_out",) if adds else ()
-            self.add(f"{name}.o.hook_out", attn.o, places.whole_output(), _STREAM, *alias)
-        alias = () if block.ln1_post is not None else (f"{block_name}.hook_attn_out",)
-        if block.attn_out not in (None, attn.path):
-            alias = ()  # the module also adds the stream; what is added is the projection's output
-        self.add(f"{name}.hook_out", attn.path, places.whole_output(), _STREAM, *alias)
-
-    def head_inputs(self, block_name: str, attn: Attention, block: Block) -> None:
-        """What each head reads of the stream: one copy a head, before the norm."""
-        names = {part: f"{block_name}.attn.hook_{part}_input" for part in ("q", "k", "v")}
-        all_name = f"{block_name}.attn.hook_attn_in"
-        shares = {"q": attn.q, "k": attn.k, "v": attn.v}
-        if block.ln1 is None or block.is_post_norm or any(x is None for x in shares.values()):
-            self.lacks("needs a norm before attention and known q, k, v", all_name, *names.values())
-            return
-        seen: Trace | None = self.architecture.seen
-        used = [block.ln1.path, *(x.path for x in shares.values() if x is not None)]
-        if seen is not None and any(seen.one(path) is None for path in used):
-            self.lacks("norm or projections are not called exactly once", all_name, *names.values())
-            return
-        inputs = HeadInputs(self.modules[block.ln1.path])
-        site = self.site(block.ln1.path)
-        widths = {
-            "q": (attn.n_heads, attn.d_head),
-            "k": (attn.n_key_value_heads, attn.d_head),
-            "v": (attn.n_key_value_heads, attn.d_head_v),
-        }
-        actions = {part: inputs.action(part, shares[part], widths[part]) for part in names}  # type: ignore[arg-type]
-        if attn.n_heads == attn.n_key_value_heads:
-            every = HookPoint(
-                all_name,
-                (f"{block_name}.hook_attn_in",),
-                axes="batch pos head d_model",
-                is_default=False,
-            )
-            site.add(inputs.tap(None, attn.n_heads), every)
-            for part in names:
-                self.site(shares[part].path).add(actions[part], every)  # type: ignore[union-attr]
-            self.points.append(every)
-        else:
-            self.lacks(
-                "keys and values are grouped, so heads do not share one input; use hook_q_input, "
-                "hook_k_input and hook_v_input",
-                all_name,
-                f"{block_name}.hook_attn_in",
-            )
-        for part, name in names.items():
-            axes = "batch pos head d_model" if part == "q" else "batch pos kv_head d_model"
-            point = HookPoint(
-                name, (f"{block_name}.hook_{part}_input",), axes=axes, is_default=False
-            )
-            site.add(inputs.tap(part, widths[part][0]), point)
-            self.site(shares[part].path).add(actions[part], point)  # type: ignore[union-attr]
-            self.points.append(point)
-
-    def inside(self, name: str, attn: Attention) -> None:
-        if not attn.is_softmax:
-            names = [f"{name}.hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern")]
-            self.lacks("no softmax attention happens inside this layer", *names)
-            return
-        square = "batch head query key"
-        scores = HookPoint(f"{name}.hook_attn_scores", axes=square)
-        pattern = HookPoint(f"{name}.hook_pattern", axes=square)
-        rotated: tuple[HookPoint | None, HookPoint | None] = (None, None)
-        if attn.is_rotary:
-            rotated = (
-                HookPoint(f"{name}.hook_rot_q", axes="batch pos head d_head"),
-                HookPoint(f"{name}.hook_rot_k", axes="batch pos kv_head d_head"),
-            )
-        else:
-            self.lacks(
-                "this model does not rotate q and k; use attn.hook_q and attn.hook_k",
-                f"{name}.hook_rot_q",
-                f"{name}.hook_rot_k",
-            )
-        span = AttentionSpan(attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated)
-        self.site(attn.path).set_span(span)
-        self.points.extend(span.points)
-
-    def projection(
-        self, name: str, projection: Projection | None, heads: tuple[int, int] | None, axes: str
-    ) -> None:
-        if projection is None:
-            self.lacks(
-                "no projection of that role was recognised", f"{name}.hook_in", f"{name}.hook_out"
-            )
-            return
-        self.projection_input(f"{name}.hook_in", projection)
-        self.add(
-            f"{name}.hook_out", projection.path, places.projection_output(projection, heads), axes
+        return
+    branch = branches[index]
+    reader = branch.ln.path if branch.place == "after" and branch.ln else branches[index + 1].reads
+    visit = build.visit(reader)
+    if reader is None or visit is None:
+        build.lacks("no module was seen to read the stream between the two", mid)
+        return
+    if branch.place != "after" and not build.seen.is_summand(visit.entering):  # type: ignore[union-attr]
+        build.lacks(
+            f"{reader} reads a copy of the stream; the sum goes on with another tensor", mid
         )
-
-    def projection_input(self, name: str, projection: Projection) -> None:
-        if projection.split is None:
-            self.add(name, projection.path, places.whole_input(), _STREAM)
-            return
-        tap, action = places.shared_input(projection, projection.split)
-        point = self.add(name, projection.path, tap, _STREAM)
-        self.site(projection.path).add(action, point)
-
-    # --- the MLP ---------------------------------------------------------------------------------
-
-    def mlp(self, block_name: str, mlp: Mlp, block: Block) -> None:
-        name = f"{block_name}.mlp"
-        entry = _entry(mlp)
-        if entry is not None:
-            self.add(f"{name}.hook_in", entry, places.whole_input(), _STREAM)
-        hidden = "batch pos d_mlp"
-        if mlp.gate is not None:
-            self.projection(f"{name}.gate", mlp.gate, None, hidden)
-        else:
-            self.lacks("the MLP is not gated", f"{name}.gate.hook_in", f"{name}.gate.hook_out")
-        if mlp.inp is None:
-            self.lacks(
-                "no input projection of the MLP was recognised (experts have theirs inside)",
-                f"{name}.in.hook_in",
-                f"{name}.in.hook_out",
-            )
-        else:
-            alias = f"{name}.hook_pre_linear" if mlp.gate is not None else f"{name}.hook_pre"
-            path = mlp.inp.path
-            self.projection_input(f"{name}.in.hook_in", mlp.inp)
-            self.add(
-                f"{name}.in.hook_out", path, places.projection_output(mlp.inp, None), hidden, alias
-            )
-        if mlp.out is not None:
-            self.add(f"{name}.out.hook_in", mlp.out, places.whole_input(), hidden)
-            adds = block.mlp_out == mlp.out != mlp.path and mlp.path is not None
-            added = (f"{block_name}.hook_mlp_out",) if adds and block.ln2_post is None else ()
-            self.add(f"{name}.out.hook_out", mlp.out, places.whole_output(), _STREAM, *added)
-        exit_path = mlp.path or mlp.out
-        if exit_path is not None:
-            alias_out = () if block.ln2_post is not None else (f"{block_name}.hook_mlp_out",)
-            if block.mlp_out not in (None, exit_path):
-                alias_out = ()
-            self.add(f"{name}.hook_out", exit_path, places.whole_output(), _STREAM, *alias_out)
+        return
+    point = HookPoint(mid, build.aliases(mid), axes=STREAM)
+    span = BranchSpan(point)
+    reason, layout, is_volatile = build.verdict(mid, reader, places.whole_input(), STREAM)
+    if reason:
+        build.lacks(reason, mid)
+        return
+    point.__dict__["is_volatile"] = is_volatile
+    build.site(reader).add(build.laid(span.tap(), layout), point)
+    if layout == "flat":
+        build.note_rows(point)
+    build.site(one.path).set_span(span)
+    build.points.append(point)
 
 
+_WORDS = {"attn": "attention", "mlp": "MLP", "mixer": "mixer"}
 _ENDS = ("hook_in", "hook_out")
 _ATTENTION = (
     *_ENDS,
@@ -411,21 +196,3 @@ _ATTENTION = (
     *(f"hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern", "result")),
 )
 _MLP = (*_ENDS, *(f"{part}.{end}" for part in ("in", "gate", "out") for end in _ENDS))
-
-
-def _names(block_name: str, part: str, points: tuple[str, ...]) -> list[str]:
-    return [f"{block_name}.{part}.{point}" for point in points]
-
-
-def _norms(architecture: Architecture) -> Iterator[Norm]:
-    parts: list[object] = [architecture, *architecture.blocks]
-    parts += [block.attn for block in architecture.blocks if block.attn is not None]
-    for part in parts:
-        yield from (value for value in vars(part).values() if isinstance(value, Norm))
-
-
-def _entry(mlp: Mlp | None) -> str | None:
-    """The module whose input is the MLP's input."""
-    if mlp is None or mlp.path is not None:
-        return None if mlp is None else mlp.path
-    return None if mlp.inp is None else mlp.inp.path

@@ -1,84 +1,70 @@
-"""The vocabulary: each role of a model, and the names Hugging Face gives the module that plays it.
+"""What structure and a watched run do not tell: words for towers and for the insides of mixers, and the rows.
 
-Order matters: the first name that exists wins. A name may be a path (``"attention.self"``). Adding an
-architecture usually means adding a word here, or nothing.
+A *row* says where something is in a class of models for which it cannot be found out. Nearly every model does
+without: a name here is a fact, not a default.
 """
 
 from __future__ import annotations
 
-ATTENTION = (
-    "self_attn",
-    "attn.attention",
-    "attention.self",
-    "attention.attention",
-    "attn",
-    "attention",
-    "self_attention",
-)
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+from collections.abc import Mapping
+from typing import Any
 
-LN1 = (
-    "input_layernorm",
-    "ln_1",
-    "self_attn_layer_norm",
-    "layernorm_before",
-    "layer_norm1",
-    "norm1",
-    "norm_1",
-    "ln1",
-    "attention_norm",
-    "pre_attention_layernorm",
-)
-LN2 = (
-    "pre_feedforward_layernorm",
-    "ln_2",
-    "post_attention_layernorm",
-    "final_layer_norm",
-    "layernorm_after",
-    "layer_norm2",
-    "norm2",
-    "norm_2",
-    "ln2",
-    "ffn_norm",
-)
-# Where one of these exists, the block norms the branch outputs too, and "post_attention_layernorm" means it.
-SANDWICH = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-LN1_POST = ("post_attention_layernorm",)
-LN2_POST = ("post_feedforward_layernorm",)
+VISION = ("vision", "visual", "image", "video", "vit", "pixel", "vq")
+AUDIO = ("audio", "speech", "sound", "wave")
+"""Parts of a path that lead to another tower than the text model's."""
 
-Q = ("q_proj", "query", "q_lin", "q", "wq", "Wq")
-K = ("k_proj", "key", "k_lin", "k", "wk", "Wk")
-V = ("v_proj", "value", "v_lin", "v", "wv", "Wv")
-O = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo")  # noqa: E741
-# Joint projections: name -> how the output is shared (see infer.py for what the words mean).
-QKV = {
-    "c_attn": "contiguous",
-    "qkv_proj": "contiguous",
-    "query_key_value": "per_head",
-    "Wqkv": "contiguous",
+GENERIC = ("layer", "layers", "block", "blocks", "h", "encoder", "decoder", "model", "transformer", "backbone")
+"""Words of a path that tell no tower from another."""
+
+NOT_LAYERS = ("merger", "upsample", "vqmodel")
+"""Lists that are no stack of layers, though they look like one."""
+
+PROJECTORS = (
+    "multi_modal_projector",
+    "multimodal_projector",
+    "projector",
+    "connector",
+    "mm_projector",
+    "embed_vision",
+    "embed_audio",
+    "modality_projection",
+    "language_projection",
+    "visual_projection",
+    "text_projection",
+    "aligner",
+    "merger",
+    "audio_projection",
+)
+
+MIXER_PARTS: dict[str, tuple[str, ...]] = {
+    "in": ("in_proj", "in_proj_qkvz", "in_proj_qkv", "linear_x", "qkv_proj", "input_linear"),
+    "z": ("in_proj_z", "linear_y", "z_proj"),
+    "gate": ("gate", "g_proj", "output_gate", "ogate_preact"),
+    "ba": ("in_proj_ba",),
+    "b": ("in_proj_b", "b_proj"),
+    "a": ("in_proj_a", "a_proj"),
+    "conv": ("conv1d", "conv_1d", "conv", "short_conv"),
+    "q": ("q_proj", "query", "q", "receptance"),
+    "k": ("k_proj", "key", "k"),
+    "v": ("v_proj", "value", "v"),
+    "x": ("x_proj",),
+    "dt": ("dt_proj",),
+    "norm": ("norm", "inner_norm", "o_norm", "g_norm", "layer_norm"),
+    "out": ("out_proj", "o_proj", "output", "linear_out", "dense"),
 }
-Q_NORM = ("q_norm", "q_layernorm", "query_layernorm")
-K_NORM = ("k_norm", "k_layernorm", "key_layernorm")
+"""The layers inside a state-space, recurrent or linear-attention module."""
 
-MLP_IN = ("up_proj", "c_fc", "fc1", "dense_h_to_4h", "fc_in", "w3", "up", "lin1")
-MLP_GATE = ("gate_proj", "w1", "gate")
-MLP_OUT = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "w2", "down", "lin2")
-GATE_UP = ("gate_up_proj",)
+MIXERS = ("mixer", "mamba", "ssm", "linear_attn", "temporal", "conv", "token_mixer", "recurrent", "attention")
+"""Parts of a name that say positions are mixed, where the run does not show it (loops over positions)."""
 
-POS_EMBED = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-ROTARY = ("rotary_emb",)
-LN_FINAL = (
-    "norm",
-    "ln_f",
-    "final_layernorm",
-    "final_layer_norm",
-    "norm_f",
-    "layer_norm",
-    "final_norm",
-)
+ROWS: dict[str, dict[str, str]] = {}
+"""Class name of a model -> role -> path. Roles: ``blocks`` (the list of layers), ``embed``, ``ln_final``,
+``unembed``."""
 
-# Parts of a path that lead to another tower than the text model's.
-OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
 
-# Attributes of a block that say its branches run side by side.
-PARALLEL_FLAGS = ("use_parallel_residual", "parallel_attn", "parallel_residual")
+def row_of(model: Any) -> Mapping[str, str]:
+    """The row of a model's class, or of a class it derives from."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in ROWS:
+            return ROWS[kind.__name__]
+    return {}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hooks import HookRegistry
-from .architecture import Architecture, Attention
+from .architecture import Architecture, Attention, Block, Tower
 from .cache import ActivationCache
+from .example import FAILURES, examples
 from .places import bias_of
+from .run import INSIDE_ATTENTION, record_run
+from .trace import first_item
 
 
 @dataclass(frozen=True)
@@ -65,38 +70,79 @@ class Verification:
         return "\n".join([*lines, f"{len(self.checks)} checks, {len(self.failures)} failed"])
 
 
-def verify(
+def verify_run(
     model: nn.Module,
     architecture: Architecture,
     registry: HookRegistry,
-    bare: Tensor,
-    opened: tuple[Tensor, ActivationCache],
-    closed: tuple[Tensor, ActivationCache],
-    tolerance: float,
-    missing: list[str],
-) -> Verification:
-    """Check every identity the architecture promises.
+    run: Callable[[], Tensor],
+    names: list[str],
+) -> list[Check]:
+    """Check every identity the architecture promises, on one kind of run.
 
     Args:
         model: The model.
         architecture: Its parts.
         registry: Its points.
-        bare: Logits without any hook.
-        opened: Logits and cache of a run with every default point and every ``hook_result``.
-        closed: The same without the points inside attention.
-        tolerance: For identities that hold up to float error.
-        missing: Points that did not fire.
+        run: Runs the model and gives its main output.
+        names: The points that this run must pass.
     """
+    every = [n for n in names if registry[n].is_default or n.endswith(".hook_result")]
+    outside = [n for n in every if not n.endswith((*INSIDE_ATTENTION, ".hook_result"))]
+    bare = _seeded(run)
+    opened, closed = (
+        record_run(registry, partial(_seeded, run), names_filter=set(wanted).__contains__)
+        for wanted in (every, outside)
+    )
+    tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
     checks = _Checks(model, registry, opened[1], tolerance)
-    for name in missing:
-        checks.made.append(Check("every point fires", name, float("inf"), 0.0))
+    for name in every:
+        if name not in opened[1]:
+            checks.made.append(Check("every point fires", name, float("inf"), 0.0))
     checks.exact(
         "logits with everything outside attention cached == bare logits", "logits", closed[0], bare
     )
     checks.near("logits with everything cached == bare logits", "logits", opened[0], bare)
-    for index in range(len(architecture.blocks)):
-        checks.block(index, architecture)
-    return Verification(tuple(checks.made))
+    for tower in architecture.towers:
+        checks.tower(tower)
+    return checks.made
+
+
+def verify_tower(
+    model: nn.Module, architecture: Architecture, registry: HookRegistry, tower: Tower
+) -> list[Check]:
+    """The same for a tower that has inputs of its own, run by itself."""
+    owner: Any = model.get_submodule(tower.root)
+    first = next(owner.parameters())
+    names = [name for name in registry if name.startswith(tower.prefix)]
+    reasons: list[str] = []
+    for given in examples(owner, first.device):
+        try:
+            made = partial(_run_alone, owner, _cast(given, first.dtype))
+            _seeded(made)
+        except FAILURES as error:
+            reasons.append(str(error))
+            continue
+        return verify_run(model, architecture, registry, made, names)
+    where = f"{tower.prefix}blocks"
+    return [Check(f"runs alone ({reasons[:1]})", where, float("inf"), 0.0)]
+
+
+def _run_alone(owner: Any, given: dict[str, Any]) -> Tensor:
+    return first_item(owner(**given))
+
+
+def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
+
+
+def _seeded(run: Callable[[], Tensor]) -> Tensor:
+    """A run with the same random numbers each time (hashing attention draws some even in eval mode)."""
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        return run()
 
 
 class _Checks:
@@ -115,46 +161,54 @@ class _Checks:
     def near(self, identity: str, where: str, left: Tensor, right: Tensor) -> None:
         self.made.append(Check(identity, where, relative_error(left, right), self.tolerance))
 
-    def block(self, index: int, architecture: Architecture) -> None:
-        block, cache, here = architecture.blocks[index], self.cache, f"blocks.{index}"
-        pre, post = cache[f"{here}.hook_in"], cache[f"{here}.hook_out"]
-        if index + 1 < len(architecture.blocks):
-            self.exact(
-                "blocks.{i}.hook_out == blocks.{i+1}.hook_in",
-                here,
-                post,
-                cache[f"blocks.{index + 1}.hook_in"],
-            )
-        if (
-            f"{here}.hook_attn_out" in cache
-            and f"{here}.hook_mlp_out" in cache
-            and not block.unproved
-        ):
-            attn = cache[f"{here}.hook_attn_out"] * block.attn_scale
-            mlp = cache[f"{here}.hook_mlp_out"] * block.mlp_scale
-            skip = pre * block.skip_scale
-            if block.is_parallel:
-                self.near(
-                    "resid_pre + attn_out + mlp_out == resid_post", here, skip + attn + mlp, post
-                )
-            elif f"{here}.hook_resid_mid" in cache:
-                mid = cache[f"{here}.hook_resid_mid"]
-                if block.is_post_norm:
-                    self.near("resid_pre + attn_out == resid_mid", here, skip + attn, mid)
-                    mid, post = cache[f"{here}.ln1.hook_out"], cache[f"{here}.ln2.hook_in"]
-                    self.near(
-                        "ln1.hook_out + mlp_out == ln2.hook_in (norms after)", here, mid + mlp, post
-                    )
-                else:
-                    self.near("resid_pre + attn_out == resid_mid", here, pre + attn, mid)
-                    self.near(
-                        "resid_mid + mlp_out == resid_post",
-                        here,
-                        mid * block.skip_scale + mlp,
-                        post,
-                    )
-        if block.attn is not None:
-            self.attention(f"{here}.attn", block.attn)
+    def tower(self, tower: Tower) -> None:
+        """The identities of every layer of a tower."""
+        for index, block in enumerate(tower.blocks):
+            here = f"{tower.prefix}blocks.{index}"
+            if f"{here}.hook_in" not in self.cache or f"{here}.hook_out" not in self.cache:
+                continue  # the stream is of another shape than [batch, pos, d_model], and has no points
+            after = f"{tower.prefix}blocks.{index + 1}.hook_in"
+            if after in self.cache and block.is_chained:
+                identity = "blocks.{i}.hook_out == blocks.{i+1}.hook_in"
+                self.exact(identity, here, self.cache[f"{here}.hook_out"], self.cache[after])
+            if not block.unproved:
+                self.stream(here, block)
+            for branch in block.branches:
+                if isinstance(branch.part, Attention):
+                    self.attention(f"{here}.{branch.name}", branch.part)
+
+    def stream(self, here: str, block: Block) -> None:
+        """The layer's output as its input and what its branches add."""
+        cache = self.cache
+        if any(f"{here}.hook_{branch.name}_out" not in cache for branch in block.branches):
+            return
+        at, state = f"{here}.hook_in", cache[f"{here}.hook_in"]
+        words = "resid_pre"
+        for index, branch in enumerate(block.branches):
+            norm = f"{here}.ln{branch.number}"
+            if branch.place == "stream" and not branch.joins:
+                state, words = cache[f"{norm}.hook_out"], f"ln{branch.number}.hook_out"
+            made = cache[f"{here}.hook_{branch.name}_out"]
+            state = self.scaled(state, branch.skip, branch.skip_by)
+            state = state + self.scaled(made, branch.scale, branch.scale_by)
+            words += f" + {branch.name}_out"
+            if index + 1 < len(block.branches) and block.branches[index + 1].joins:
+                continue
+            mid = f"{here}.hook_resid_mid{index + 1 if index else ''}"
+            if branch.place == "after":
+                at = f"{norm}.hook_in"
+                self.near(f"{words} == ln{branch.number}.hook_in (norm after)", here, state, cache[at])
+                state, words = cache[f"{norm}.hook_out"], f"ln{branch.number}.hook_out"
+            elif index + 1 < len(block.branches) and mid in cache:
+                self.near(f"{words} == {mid.rpartition('hook_')[2]}", here, state, cache[mid])
+                state, words = cache[mid], mid.rpartition("hook_")[2]
+        self.near(f"{words} == resid_post", here, state, cache[f"{here}.hook_out"])
+
+    def scaled(self, value: Tensor, factor: float, by: tuple[str, ...]) -> Tensor:
+        for name in by:
+            home, _, own = name.rpartition(".")
+            value = value * getattr(self.model.get_submodule(home), own).to(value.device)
+        return value if factor == 1.0 else value * factor
 
     def attention(self, here: str, attn: Attention) -> None:
         cache = self.cache

@@ -55,11 +55,12 @@ _TOP = ("embed", "pos_embed", "unembed")
 
 def aliases_of(name: str) -> tuple[str, ...]:
     """The familiar aliases of a canonical name."""
-    match = re.match(r"(.*?blocks\.)(\d+)(\..*)", name)
+    match = re.match(r"(.*?)blocks\.(\d+)(\..*)", name)
     if match is None:
         return ALIASES.get(name, ())
-    template = f"blocks.{{i}}{match.group(3)}"
-    return tuple(alias.replace("{i}", match.group(2)) for alias in ALIASES.get(template, ()))
+    tower, layer, rest = match.groups()
+    found = ALIASES.get(f"blocks.{{i}}{rest}", ())
+    return tuple(tower + alias.replace("{i}", layer) for alias in found)
 
 
 def act_name(name: str, layer: int | None = None, part: str | None = None) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -21,12 +21,37 @@ Selection = Any
 _GLOB = frozenset("*?[")
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
+def glob_of(pattern: str) -> re.Pattern[str]:
     """Like a path: ``*`` and ``?`` stay within one dotted part, ``**`` spans several; ``[0-3]``, ``[!0]``."""
     pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
     special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     sets = {x: x.replace("[!", "[^", 1) for x in pieces if x.startswith("[") and x.endswith("]")}
     return re.compile("".join({**special, **sets}.get(x, re.escape(x)) for x in pieces))
+
+
+@runtime_checkable
+class Extra(Protocol):
+    """A source of points beyond the listed ones."""
+
+    def knows(self, name: str) -> bool:
+        """Whether a name or glob is one of its own."""
+        ...
+
+    def names(self, matches: Callable[[str], Any]) -> list[str]:
+        """Its names that match.
+
+        Raises:
+            UnknownPointError: None does.
+        """
+        ...
+
+    def make(self, name: str) -> HookPoint:
+        """The point of that name.
+
+        Raises:
+            UnknownPointError: There is no such place.
+        """
+        ...
 
 
 class HookRegistry(Mapping[str, HookPoint]):
@@ -36,6 +61,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         points: The points, each with its canonical name and aliases set.
         absent: Canonical names this model lacks, with the reason. Names may be templates with ``{i}``.
         unsettled: Shared with the sites that serve the points.
+        extra: Makes further points when they are first asked for; they are in no listing.
     """
 
     def __init__(
@@ -43,7 +69,10 @@ class HookRegistry(Mapping[str, HookPoint]):
         points: Iterable[HookPoint] = (),
         absent: Mapping[str, str] | None = None,
         unsettled: Unsettled | None = None,
+        extra: Extra | None = None,
     ) -> None:
+        self._extra = extra
+        self._made: dict[str, HookPoint] = {}  # by `extra`, when first asked for
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}
         self._order: dict[str, int] = {}
@@ -98,7 +127,16 @@ class HookRegistry(Mapping[str, HookPoint]):
         canonical = self.aliases.get(name) if isinstance(name, str) else None
         if canonical is not None:
             return self._points[canonical]
+        if isinstance(name, str) and self._extra is not None and self._extra.knows(name):
+            return self._make(self._extra, name)
         raise self.missing(name)
+
+    def _make(self, extra: Extra, name: str) -> HookPoint:
+        if name not in self._made:
+            point = extra.make(name)
+            point.__dict__["live"] = self.live
+            self._made[name] = point
+        return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._points)
@@ -124,7 +162,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         """Where a point comes in a run; names are held in execution order."""
         if len(self._order) != len(self._points):
             self._order = {name: index for index, name in enumerate(self._points)}
-        return self._order[str(point.name)]
+        return self._order.get(str(point.name), len(self._order))
 
     def canonical(self, name: Any) -> str:
         """The canonical name behind a name or alias.
@@ -199,7 +237,8 @@ class HookRegistry(Mapping[str, HookPoint]):
             return list(found)
         if isinstance(selection, (list, tuple, set, frozenset)):
             chosen = {id(point) for item in selection for point in self._select_item(item)}
-            return [point for point in self._points.values() if id(point) in chosen]
+            known = (*self._points.values(), *self._made.values())
+            return [point for point in known if id(point) in chosen]
         return self._select_item(selection)
 
     def forget_selections(self) -> None:
@@ -214,7 +253,9 @@ class HookRegistry(Mapping[str, HookPoint]):
         if isinstance(item, str):
             if not _GLOB.intersection(item):
                 return [self[item]]
-            matches: Callable[[str], Any] = _glob(item).fullmatch
+            if self._extra is not None and self._extra.knows(item):
+                return [self._make(self._extra, name) for name in self._extra.names(glob_of(item).fullmatch)]
+            matches: Callable[[str], Any] = glob_of(item).fullmatch
         elif isinstance(item, re.Pattern):
             matches = item.search
         elif callable(item):
@@ -265,6 +306,7 @@ class HookRegistry(Mapping[str, HookPoint]):
     def begin_run(self) -> None:
         """A run of the model starts."""
         self.running += 1
+        self.unsettled.run += 1
         for group in self._standing:
             for listener in group:
                 listener.fired = False

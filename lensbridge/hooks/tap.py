@@ -68,10 +68,12 @@ class Action:
     """Something to do at a call while a point is listened to: carry out elsewhere what was written there.
 
     Attributes:
-        run: Given the call, after the module ran.
+        run: Given the call.
+        side: Before (``"input"``) or after (``"output"``) the module ran.
     """
 
     run: Callable[[Call], None]
+    side: Literal["input", "output"] = "output"
 
 
 class Unsettled:
@@ -80,11 +82,13 @@ class Unsettled:
     Attributes:
         spans: Spans that are open right now.
         sites: Sites whose listeners changed in the middle of a call, to be refreshed when it is over.
+        run: Number of the run, by which sites know that it is a new one.
     """
 
-    __slots__ = ("sites", "spans")
+    __slots__ = ("run", "sites", "spans")
 
     def __init__(self) -> None:
+        self.run = 0
         self.spans: set[Span] = set()
         self.sites: set[Site] = set()
 
@@ -107,10 +111,17 @@ class Site:
         unsettled: Shared by the sites of a model.
         is_pure: The module changes none of its arguments and runs no other site's module, so that its input
             can be shown when it is done.
+        turn: (which, of how many) for a module that is called several times in a pass, of which this site
+            serves one call.
     """
 
     def __init__(
-        self, module: nn.Module, unsettled: Unsettled | None = None, *, is_pure: bool = False
+        self,
+        module: nn.Module,
+        unsettled: Unsettled | None = None,
+        *,
+        is_pure: bool = False,
+        turn: tuple[int, int] | None = None,
     ) -> None:
         self.module = module
         self.span: Span | None = None
@@ -123,6 +134,9 @@ class Site:
         self._after: RemovableHandle | None = None
         self._muted: frozenset[HookPoint] = frozenset()
         self._is_pure = is_pure
+        self._turn = turn
+        self._calls = 0  # begun in this run; counted only where turns matter
+        self._run = -1
 
     def add(self, tap: Tap | Action, point: HookPoint) -> None:
         """Make ``point`` fire at ``tap``, or cause an action. All in the order they were added."""
@@ -152,7 +166,7 @@ class Site:
             tap, point = pair
             if not (point.fwd or point.bwd) or point in self._muted:
                 continue
-            if isinstance(tap, Action) or tap.side == "output":
+            if tap.side == "output":
                 outputs.append(pair)
                 continue
             inputs.append(pair)
@@ -165,6 +179,8 @@ class Site:
         spanning = self.span is not None and self.span.is_wanted
         before = bool(inputs) or spanning
         after = bool(outputs) or spanning
+        if self._turn is not None:
+            before = after = before or after  # to count its turns
         if before != (self._before is not None):
             self._before = self._switch(self._before, self._attach_before)
         if after != (self._after is not None):
@@ -191,6 +207,8 @@ class Site:
     def _on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._turn is not None and not self._is_my_turn():
+            return None
         call = Call(module, args, kwargs)
         self._show(call, self._inputs)
         if self.span is not None and self.span.is_wanted:
@@ -202,6 +220,8 @@ class Site:
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if self._turn is not None and (self._calls - 1) % self._turn[1] != self._turn[0]:
+            return None
         if self.span is not None:
             self.span.close()
         if output is None:
@@ -211,6 +231,13 @@ class Site:
         if self in self.unsettled.sites:
             self._catch_up()
         return call.output if call.changed else None
+
+    def _is_my_turn(self) -> bool:
+        """Count a call that begins; whether it is the one this site serves."""
+        if self._run != self.unsettled.run:
+            self._run, self._calls = self.unsettled.run, 0
+        self._calls += 1
+        return (self._calls - 1) % self._turn[1] == self._turn[0]  # type: ignore[index]
 
     def _catch_up(self) -> None:
         self.unsettled.sites.discard(self)

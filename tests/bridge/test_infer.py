@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lensbridge import TransformerBridge
-from lensbridge.bridge.settle import architecture_of
+from lensbridge.bridge.infer import architecture_of
 from lensbridge.bridge.trace import trace
 
 SETTLED = {
@@ -47,20 +47,22 @@ def test_norms_and_order(tiny: Any, name: str) -> None:
     """Where the norms stand, as the modelling code has it."""
     norms, is_parallel, is_post_norm = SETTLED[name]
     block = architecture_of(tiny(name)).blocks[1]
-    found = [block.ln1, block.ln1_post, block.ln2, block.ln2_post]
-    assert tuple(n and n.path.removeprefix(block.path + ".") for n in found) == norms
-    assert (block.is_parallel, block.is_post_norm, block.unproved) == (
-        is_parallel,
-        is_post_norm,
-        "",
-    )
+    found: dict[str, Any] = dict.fromkeys(("ln1", "ln1_post", "ln2", "ln2_post"))
+    for branch in block.branches:
+        found[f"ln{branch.number}"] = branch.ln
+        found[f"ln{branch.number}_post"] = branch.ln_post
+    names = tuple(n and n.path.removeprefix(block.path + ".") for n in found.values())
+    assert names == norms
+    assert block.is_parallel == is_parallel
+    assert all((branch.place == "after") == is_post_norm for branch in block.branches)
+    assert block.unproved == ""
 
 
 def test_residual_factor(tiny: Any, ids: Tensor) -> None:
     """A model that scales what its branches add says by how much, and the identity holds with it."""
     bridge = TransformerBridge(tiny("granite", residual_multiplier=0.25))
     block = bridge.architecture.blocks[0]
-    assert (block.skip_scale, block.attn_scale, block.mlp_scale) == (1.0, 0.25, 0.25)
+    assert [(branch.skip, branch.scale) for branch in block.branches] == [(1.0, 0.25)] * 2
     _, cache = bridge.run_with_cache(ids)
     total = cache["resid_pre", 0] + 0.25 * cache["attn_out", 0]
     torch.testing.assert_close(total, cache["resid_mid", 0])
@@ -94,7 +96,7 @@ def test_edit_of_mid_in_a_post_norm_model(tiny: Any, ids: Tensor) -> None:
     """With norms behind the sums, hook_resid_mid is what the first norm reads."""
     model = tiny("openai-gpt")
     bridge = TransformerBridge(model)
-    norm = model.get_submodule(bridge.architecture.blocks[0].ln1.path)
+    norm = model.get_submodule(bridge.architecture.blocks[0].branches[0].ln.path)
     handle = norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     expected = model(ids).logits
     handle.remove()
