@@ -71,6 +71,7 @@ class Attention:
         is_rotary: Whether q and k change between projection and product.
         q_norm, k_norm: Norms on q and k.
         is_cross: Whether keys and values come from another tower.
+        nth: Which softmax inside the module is the attention's; None for a fused attention.
         is_direct: Whether pattern times v, as the projection made it, is what the output projection reads; no
             gate, norm or scale between.
         absent: Parts that could not be told apart, and why.
@@ -89,6 +90,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     is_cross: bool = False
+    nth: int | None = None
     is_direct: bool = True
     absent: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -180,6 +182,7 @@ class Block:
         path: Module path.
         branches: What it adds to the stream, in order.
         call: Which call of the module, where a model runs one layer several times.
+        ln_out: Norm on the stream behind everything.
         is_chained: Whether it hands its output to the next layer as it is.
         unproved: Why its output is not known to be its input plus its branches; empty when that was shown.
     """
@@ -187,6 +190,7 @@ class Block:
     path: str
     branches: tuple[Branch, ...] = ()
     call: int = 0
+    ln_out: Norm | None = None
     is_chained: bool = True
     unproved: str = ""
 

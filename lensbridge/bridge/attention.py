@@ -18,7 +18,15 @@ from ..hooks import HookPoint, Span
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _ADDING = {torch.baddbmm, Tensor.baddbmm}
-_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, *_ADDING}
+_PRODUCT = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.einsum,
+    *_ADDING,
+}
 _WATCHED = _SOFTMAX | _PRODUCT | {F.scaled_dot_product_attention}
 
 
@@ -30,6 +38,7 @@ class AttentionSpan(Span):
         n_key_value_heads: Key and value heads.
         scores, pattern: Their points.
         rot_q, rot_k: Points of q and k as they enter the product; None in a model that does not rotate.
+        nth: Which softmax of the module is the attention's, where it is written out.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class AttentionSpan(Span):
         pattern: HookPoint,
         rot_q: HookPoint | None = None,
         rot_k: HookPoint | None = None,
+        nth: int | None = None,
     ) -> None:
         super().__init__(tuple(p for p in (rot_q, rot_k, scores, pattern) if p is not None))
         self.n_heads = n_heads
@@ -48,12 +58,14 @@ class AttentionSpan(Span):
         self.pattern = pattern
         self.rot_q = rot_q
         self.rot_k = rot_k
+        self.nth = nth or 0
         self._live: Tensor | None = None
         self._product_seen = False
+        self._softmaxes = 0
 
     def before(self) -> None:
         """A new call of the attention module."""
-        self._live, self._product_seen = None, False
+        self._live, self._product_seen, self._softmaxes = None, False, 0
         self.open()
 
     def __torch_function__(
@@ -127,30 +139,26 @@ class AttentionSpan(Span):
     def _softmax(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        x = args[0] if args else None
-        if self._live is not None or not isinstance(x, Tensor) or not self._is_square(x):
+        x = args[0] if args else kwargs.get("input")
+        nth, self._softmaxes = self._softmaxes, self._softmaxes + 1
+        if nth != self.nth or not isinstance(x, Tensor):
             return func(*args, **kwargs)  # some other softmax: a router's, say
-        self._live = func(self._fire_square(self.scores, x), *args[1:], **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "input"}
+        self._live = func(self._fire_square(self.scores, x), *args[1:], **rest)
         return self._live
-
-    def _is_square(self, x: Tensor) -> bool:
-        """Whether this is [batch, head, query, key], or [batch * head, query, key]."""
-        if x.dim() == 4:
-            return x.shape[1] == self.n_heads
-        return x.dim() == 3 and x.shape[0] % self.n_heads == 0
 
     def _product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func in _ADDING:
             return self._adding_product(func, args, kwargs)
+        if func is torch.einsum:
+            return func(*(self._fire_live(x) for x in args), **kwargs)
         if len(args) < 2:
             return func(*args, **kwargs)
         left, right, *rest = args
         if self._live is not None and left is self._live:
-            left = self._fire_square(self.pattern, left)
-            self._live = None
-            self._product_seen = True
+            left = self._fire_live(left)
         elif not self._product_seen and self._is_qk(left, right):
             left, right = self._fire_operands(left, right)
         return func(left, right, *rest, **kwargs)
@@ -184,6 +192,13 @@ class AttentionSpan(Span):
         if left.dim() == 4:
             return left.shape[1] in (self.n_heads, self.n_key_value_heads)
         return left.dim() == 3 and left.shape[0] == right.shape[0] and not left.shape[0] % self.n_heads
+
+    def _fire_live(self, x: Any) -> Any:
+        """The pattern, fired, where it enters a product; anything else as it is."""
+        if self._live is None or x is not self._live:
+            return x
+        self._live, self._product_seen = None, True
+        return self._fire_square(self.pattern, x)
 
     # --- firing ------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def attention(build: Builder, name: str, branch: Branch, attn: Attention) -> Non
         own = (f"{name}.hook_out", *added) if exits == attn.o else ()
         build.add(f"{name}.o.hook_out", attn.o, places.whole_output(), STREAM, *own)
     if exits != attn.o:
-        build.add(f"{name}.hook_out", exits, places.whole_output(), STREAM, *added)
+        build.add(f"{name}.hook_out", exits, places.whole_output(), build.stream, *added)
 
 
 def head_norm(build: Builder, name: str, norm: Norm, head: str) -> None:
@@ -124,6 +124,10 @@ def inside(build: Builder, name: str, attn: Attention) -> None:
         names = [f"{name}.hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern")]
         build.lacks(f"the model calls {attn.path} more than once in one pass", *names)
         return
+    if "pattern" in attn.absent:
+        names = [f"{name}.hook_{part}" for part in ("rot_q", "rot_k", "attn_scores", "pattern")]
+        build.lacks(attn.absent["pattern"], *names)
+        return
     square = "batch head query key"
     scores = HookPoint(f"{name}.hook_attn_scores", build.aliases(f"{name}.hook_attn_scores"), axes=square)
     pattern = HookPoint(f"{name}.hook_pattern", build.aliases(f"{name}.hook_pattern"), axes=square)
@@ -136,7 +140,9 @@ def inside(build: Builder, name: str, attn: Attention) -> None:
         )
     else:
         build.lacks("this model does not rotate q and k; use attn.hook_q and attn.hook_k", *names)
-    span = AttentionSpan(attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated)
+    span = AttentionSpan(
+        attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated, nth=attn.nth
+    )
     build.site(attn.path).set_span(span)
     build.points.extend(span.points)
 

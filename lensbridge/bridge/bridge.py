@@ -35,7 +35,7 @@ from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
 from .trace import first_item
-from .verify import Verification, verify_run, verify_tower
+from .verify import Verification, belongs, verify_run, verify_tower
 from .view import outline
 
 _Self = TypeVar("_Self", bound="TransformerBridge")
@@ -51,6 +51,8 @@ class TransformerBridge(ModelState, Listening, TextMethods):
     Args:
         model: A loaded transformers model (compiled, quantised or dispatched ones too).
         tokenizer: Its tokenizer; without one, text is refused and token ids work.
+        example: Keywords of the model's forward to tell its parts by. Needed only for models, or towers of
+            them, whose input cannot be made up; an input of the real kind is best, a small one is enough.
     Raises:
         ArchitectureError: The model's layers could not be found.
 
@@ -63,7 +65,9 @@ class TransformerBridge(ModelState, Listening, TextMethods):
             bridge("The capital of France is")
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, example: Mapping[str, Any] | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"TransformerBridge wraps a loaded model, got {type(model).__name__}; to load one by "
@@ -72,7 +76,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         self.original_model = model
         inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
         self._inner: nn.Module = model if inner is None else inner
-        self.architecture: Architecture = architecture_of(self._inner)
+        self.architecture: Architecture = architecture_of(self._inner, example)
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
         self._stack = Stack(
@@ -81,6 +85,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         embed = self.architecture.main.embed
         self._entry = self._inner if embed is None else self._inner.get_submodule(embed)
         self.tokenizer = tokenizer
+        self._given = example
 
     # --- getting one -----------------------------------------------------------------------------
 
@@ -172,10 +177,10 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         return cls(model.to(device=device, dtype=dtype), tokenizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
-        return type(self)(copy.deepcopy(self.original_model, memo), self.tokenizer)
+        return type(self)(copy.deepcopy(self.original_model, memo), self.tokenizer, self._given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.original_model, self.tokenizer)
+        return type(self), (self.original_model, self.tokenizer, self._given)
 
     def __repr__(self) -> str:
         c = self.cfg
@@ -215,8 +220,10 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         }
         alone = [tower for tower in self.architecture.towers if tower.root]
         reached = self._reached(inputs, alone)
-        elsewhere = tuple(tower.prefix for tower in alone if tower not in reached)
-        names = [name for name in self.registry if not elsewhere or not name.startswith(elsewhere)]
+        elsewhere = [tower for tower in alone if tower not in reached]
+        names = [
+            name for name in self.registry if not any(belongs(name, tower) for tower in elsewhere)
+        ]
         checks = verify_run(
             self._inner,
             self.architecture,
@@ -224,12 +231,13 @@ class TransformerBridge(ModelState, Listening, TextMethods):
             lambda: first_item(self._stack.call(inputs)),
             names,
         )
-        for tower in alone:
-            if tower not in reached:
-                checks += verify_tower(self._inner, self.architecture, self.registry, tower)
+        for tower in elsewhere:
+            checks += verify_tower(self._inner, self.architecture, self.registry, tower)
         return Verification(tuple(checks))
 
     def _example(self) -> dict[str, Any]:
+        if self._given is not None:
+            return dict(self._given)
         reasons: list[str] = []
         for given in examples(self._inner, self.device or "cpu"):
             try:

@@ -13,6 +13,7 @@ from ..hooks import ArchitectureError, Call, HookPoint, Site, Tap, Unsettled
 from ..hooks.names import aliases_of
 from . import places
 from .architecture import Architecture, Block, Norm, Tower
+from .example import LENGTH, ROWS
 from .places import Rows
 from .trace import Trace, Visit
 
@@ -67,11 +68,14 @@ class Builder:
         self.is_noted = False
         self.calls = 1
         self.shape: tuple[int, ...] | None = None
+        self.stream = STREAM
         if self.seen is not None and block is not None:
             visits = self.seen.visits[block.path]
             self.calls = len(visits)
             entering = visits[block.call].entering
-            self.shape = tuple(entering.shape[:2]) if isinstance(entering, Tensor) else None
+            if isinstance(entering, Tensor):
+                self.shape = tuple(entering.shape[:2])
+                self.stream = _stream_axes(entering)
 
     def site(self, path: str, turn: tuple[int, int] | None = None) -> Site:
         """The site of a module, or of one of its calls where it is called several times."""
@@ -171,7 +175,7 @@ class Builder:
             return "" if value.dim() == wanted else None
         rows, length = self.shape
         if value.dim() == wanted:
-            if shape[:2] == (length, rows):
+            if axes.startswith("batch pos") and shape[:2] == (length, rows):
                 return "pos first"
             if wanted == 4 and shape[1] != length and shape[2] == length:
                 return "heads first"
@@ -204,6 +208,17 @@ class Builder:
             self.absent[name] = reason
             for alias in self.aliases(name):
                 self.absent[alias] = reason
+
+
+def _stream_axes(x: Tensor) -> str:
+    """Axes of a residual stream: of the usual three, of images, or of several streams side by side."""
+    if x.dim() != 4:
+        return STREAM
+    if x.shape[:2] == (ROWS, LENGTH):
+        return "batch pos stream d_model"
+    if x.shape[1:3] == (ROWS, LENGTH):
+        return "stream batch pos d_model"
+    return "batch channel height width"
 
 
 def _norms(architecture: Architecture) -> Iterator[Norm]:

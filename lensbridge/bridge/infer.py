@@ -8,7 +8,7 @@ what the run does not show is absent, with the reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -31,33 +31,40 @@ _SMALL = 50_000_000
 _KNOWN: dict[tuple[Any, ...], Architecture] = {}
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def architecture_of(
+    model: nn.Module, example: Mapping[str, Any] | None = None
+) -> Architecture:
     """The architecture of a model, read off a watched run of its kind.
 
     Remembered for each class, configuration and module tree, so a second model of a kind costs nothing.
 
+    Args:
+        model: Any Hugging Face model.
+        example: Keywords of its forward to run it on; made up unless given.
     Raises:
         ArchitectureError: The model's layers could not be found.
     """
     config = text_config(model)  # refuses what is no Hugging Face model
     whole: Any = getattr(model, "config", config)
     names = tuple((path, type(module)) for path, module in model.named_modules())
-    key = (whole.to_json_string(use_diff=False), str(whole._attn_implementation), names)
+    shapes = tuple((name, getattr(value, "shape", value)) for name, value in (example or {}).items())
+    key = (whole.to_json_string(use_diff=False), str(whole._attn_implementation), names, str(shapes))
     if key not in _KNOWN:
-        _KNOWN[key] = infer(model)
+        _KNOWN[key] = infer(model, example)
     return _KNOWN[key]
 
 
-def infer(model: nn.Module) -> Architecture:
+def infer(model: nn.Module, example: Mapping[str, Any] | None = None) -> Architecture:
     """Tell a model's parts apart.
 
     Args:
         model: Any Hugging Face model.
+        example: Keywords of its forward to run it on.
     Raises:
         ArchitectureError: The model's layers could not be found.
     """
     stacks = find_stacks(model)
-    seen, why = _watch(model, stacks)
+    seen, why = _watch(model, stacks, example=example)
     towers = [_Reader(model, stack, seen, why).tower() for stack in stacks]
     for index, stack in enumerate(stacks[:-1]):
         if not towers[index].blocks or any(not b.branches for b in towers[index].blocks):
@@ -79,7 +86,10 @@ def infer(model: nn.Module) -> Architecture:
 
 
 def _watch(
-    model: nn.Module, stacks: tuple[Stack, ...], root: str = ""
+    model: nn.Module,
+    stacks: tuple[Stack, ...],
+    root: str = "",
+    example: Mapping[str, Any] | None = None,
 ) -> tuple[Trace | None, str]:
     """One watched run of a model of this class and configuration, or None with the reason."""
     blocks = frozenset(block for stack in stacks for block in stack.blocks)
@@ -89,13 +99,13 @@ def _watch(
     reasons: list[str] = []
     twins: dict[str, nn.Module] = {}
     devices = ("meta", "cpu") if size <= _SMALL else ("meta",)
-    count = len(list(examples(model, "meta")))
+    count = len(list(_inputs(model, "meta", example)))
     for index, device in ((i, d) for i in range(count) for d in devices):
         try:
             if device not in twins:
                 twins[device] = _twin(model, device)
             twin = twins[device]
-            given = next(islice(examples(twin, device), index, None))
+            given = next(islice(_inputs(twin, device, example), index, None))
             if not {path for path, _ in twin.named_modules()} <= wanted:
                 return None, "the model's modules are not those its configuration makes"
             seen = trace(twin, blocks, partial(twin, **given), root)
@@ -106,6 +116,18 @@ def _watch(
             return seen, ""
         reasons.append(f"a run on {', '.join(given)} did not reach the layers")
     return None, reasons[0] if reasons else "no input for it is known"
+
+
+def _inputs(
+    model: nn.Module, device: str, example: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    if example is None:
+        yield from examples(model, device)
+    else:
+        yield {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in example.items()
+        }
 
 
 def _twin(model: nn.Module, device: str) -> nn.Module:

@@ -143,10 +143,9 @@ class Layer:
                 )
                 pending = None
             branches += found
-        if pending is not None:
-            why = "a norm stands on the stream behind its last sum"
-            return Block(self.path, self.loose(), unproved=why, call=self.call)
-        return Block(self.path, name_parts(branches), call=self.call)
+        return Block(
+            self.path, name_parts(branches), call=self.call, ln_out=self.norm(pending)
+        )
 
     def loose(self) -> tuple[Branch, ...]:
         """Parts that can be told although the sum cannot: attention, by what happens inside it."""
@@ -206,12 +205,16 @@ class Layer:
         rest = {s: c for s, c in step.total.items() if head_of(s)[0] != step.stream}
         rest.pop(step.stream, None)
         found: list[Visit] = []
-        for exact in (True, False):
+        # What has parameters comes first: an idle dropout hands on what it was given. So does an exact match:
+        # a layer scale that is a module of its own is part of what is added.
+        for exact, owning in ((True, True), (False, True), (False, False)):
             for visit in sorted(self.visits, key=lambda v: -len(v.terms_out or ())):
                 terms = visit.terms_out
                 factors = _factors(terms, rest) if terms else None
-                if factors is None or (exact and factors[1]) or not self.has_parameters(visit):
-                    continue  # an idle dropout, an activation: not what makes it
+                if factors is None or (exact and factors[1]):
+                    continue
+                if owning and not self.has_parameters(visit):
+                    continue
                 found.append(visit)
                 gone = _times(terms or {}, *factors)
                 rest = {s: c for s, c in rest.items() if s not in gone}

@@ -28,7 +28,7 @@ def mlp(build: Builder, name: str, branch: Branch, part: Mlp) -> None:
     if part.router is not None:
         experts(build, name, part, part.router)
     if exits is not None and exits != part.out:
-        build.add(f"{name}.hook_out", exits, places.whole_output(), STREAM, *added)
+        build.add(f"{name}.hook_out", exits, places.whole_output(), build.stream, *added)
 
 
 def layers(build: Builder, name: str, part: Mlp, out_aliases: list[str]) -> None:
@@ -101,4 +101,4 @@ def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
             build.add(f"{name}.{layer}.hook_in", path, places.whole_input(), axes)
         build.add(f"{name}.{layer}.hook_out", path, places.whole_output(), axes)
     added = [] if branch.ln_post is not None or branch.adds is None else [f"{block_name}.hook_{branch.name}_out"]
-    build.add(f"{name}.hook_out", branch.makes or part.path, places.whole_output(), STREAM, *added)
+    build.add(f"{name}.hook_out", branch.makes or part.path, places.whole_output(), build.stream, *added)

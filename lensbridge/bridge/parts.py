@@ -104,7 +104,7 @@ class Parts:
                     if root.path not in events:
                         events.append(root.path)
                         event = self.seen.attended[root.path]
-                        roots += [*event.q, *event.k, *event.v]
+                        roots += [*event.q.roots, *event.k.roots, *event.v.roots]
                 elif root.path in self.seen.products:
                     if root.path not in members:
                         members.add(root.path)
@@ -149,7 +149,7 @@ class Parts:
 
     def attention(self, event: Attended, events: list[str], home: str | None) -> Attention | None:
         """The attention module around an event."""
-        roles = {"q": event.q, "k": event.k, "v": event.v}
+        roles = {"q": event.q.roots, "k": event.k.roots, "v": event.v.roots}
         paths = {role: _layers(roots) for role, roots in roles.items()}
         mine = {p for ps in paths.values() for p in ps if p.startswith(self.path + ".")}
         path = self.home_of(event, mine)
@@ -161,10 +161,12 @@ class Parts:
             shares[role], why = self.share(role, roles, paths)
             if why:
                 absent[role] = why
-        heads, d_head = _heads(event.q_shape)
-        kv_seen, _ = _heads(event.k_shape)
-        d_head_v = event.v_shape[-1] if event.v_shape else d_head
-        n_kv = kv_seen
+        heads, why = self.heads(event, shares["q"])
+        if why:
+            absent["pattern"] = why
+        d_head = event.q.shape[-1]
+        d_head_v = event.v.shape[-1] if event.v.shape else d_head
+        n_kv = event.k.shape[1] if not event.nth and len(event.k.shape) == 4 else heads
         for role, width in (("k", d_head), ("v", d_head_v)):
             total = self.width(shares[role])
             if total is not None and total % width == 0:
@@ -190,10 +192,11 @@ class Parts:
             n_key_value_heads=n_kv,
             d_head=d_head,
             d_head_v=d_head_v,
-            is_rotary=not self.is_plain(event.q_terms, shares["q"], q_norm),
+            is_rotary=not self.is_plain(event.q.terms, shares["q"], q_norm),
             q_norm=q_norm,
             k_norm=k_norm,
             is_cross=self.is_cross(paths["k"]),
+            nth=event.nth.get(path),
             is_direct=self.is_direct(o, events, event, shares["v"]),
             absent=absent,
         )
@@ -216,6 +219,18 @@ class Parts:
                     found.add(root.path)
                     queue.append(root.path)
         return True
+
+    def heads(self, event: Attended, q: Projection | None) -> tuple[int, str]:
+        """How many heads there are, and why the pattern is not [batch, head, query, key] if it is not."""
+        square, width = event.square, self.width(q)
+        d_head = event.q.shape[-1]
+        folded = square[0] // _BATCH if len(square) == 3 else square[1]
+        if width is None or folded * d_head == width:
+            return folded, ""
+        return max(width // d_head, 1), (
+            f"the softmax is over {list(square)}, which is not [batch, head, query, key] of "
+            f"{width // d_head} heads"
+        )
 
     def home_of(self, event: Attended, projections: set[str]) -> str | None:
         """The smallest module that was running around the attention and holds the projections."""
@@ -291,8 +306,8 @@ class Parts:
         into = o.terms_in or {}
         return (
             into == {events[0]: 1.0}
-            and list(event.v_terms.values()) == [1.0]
-            and self.is_plain(event.v_terms, v, None)
+            and list(event.v.terms.values()) == [1.0]
+            and self.is_plain(event.v.terms, v, None)
         )
 
     # --- MLPs ------------------------------------------------------------------------------------
@@ -438,11 +453,6 @@ def _layers(roots: Roots) -> list[str]:
     names = {r.path for r in roots}
     special = ("into ", "attended ", "pattern ", "product ")
     return sorted(name for name in names if not name.startswith(special))
-
-
-def _heads(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(heads, width) of a q or k entering attention: [batch, head, pos, d] or [batch * head, pos, d]."""
-    return (shape[1], shape[-1]) if len(shape) >= 4 else (shape[0] // _BATCH, shape[-1])
 
 
 def _held(roots: Roots, path: str, width: int) -> Tensor:

@@ -100,11 +100,11 @@ def head(build: Builder) -> None:
 
 def block(build: Builder, name: str, one: Block) -> None:
     """Everything in a layer."""
-    build.add(f"{name}.hook_in", one.path, places.whole_input(), STREAM)
+    build.add(f"{name}.hook_in", one.path, places.whole_input(), build.stream)
     _missing(build, name, one)
     for index, branch in enumerate(one.branches):
         if branch.ln is not None and branch.place != "after" and not _shares(one, index):
-            build.norm(f"{name}.ln{branch.number}", branch.ln, STREAM)
+            build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream)
         part = f"{name}.{branch.name}"
         if isinstance(branch.part, Attention):
             head_inputs(build, part, branch, branch.part)
@@ -115,11 +115,13 @@ def block(build: Builder, name: str, one: Block) -> None:
             mixer(build, part, branch, branch.part)
         if branch.ln_post is not None:
             added = f"{name}.hook_{branch.name}_out"
-            build.norm(f"{name}.ln{branch.number}_post", branch.ln_post, STREAM, added)
+            build.norm(f"{name}.ln{branch.number}_post", branch.ln_post, build.stream, added)
         between(build, name, one, index)
         if branch.ln is not None and branch.place == "after":
-            build.norm(f"{name}.ln{branch.number}", branch.ln, STREAM)
-    build.add(f"{name}.hook_out", one.path, places.whole_output(), STREAM)
+            build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream)
+    if one.ln_out is not None:
+        build.norm(f"{name}.ln_out", one.ln_out, build.stream)
+    build.add(f"{name}.hook_out", one.path, places.whole_output(), build.stream)
 
 
 def _shares(one: Block, index: int) -> bool:
@@ -174,9 +176,9 @@ def between(build: Builder, name: str, one: Block, index: int) -> None:
             f"{reader} reads a copy of the stream; the sum goes on with another tensor", mid
         )
         return
-    point = HookPoint(mid, build.aliases(mid), axes=STREAM)
+    point = HookPoint(mid, build.aliases(mid), axes=build.stream)
     span = BranchSpan(point)
-    reason, layout, is_volatile = build.verdict(mid, reader, places.whole_input(), STREAM)
+    reason, layout, is_volatile = build.verdict(mid, reader, places.whole_input(), build.stream)
     if reason:
         build.lacks(reason, mid)
         return

@@ -134,6 +134,7 @@ class Visit:
         terms_out: Its (first) output likewise.
         roots_in: What its tensor arguments were computed from.
         versions: In-place versions of the first tensor going in and the one coming out, at that time.
+        softmaxes: How many were computed inside.
     """
 
     path: str
@@ -146,6 +147,7 @@ class Visit:
     terms_out: Terms | None = None
     roots_in: Roots = _NONE
     versions: tuple[int, int] = (0, 0)
+    softmaxes: int = 0
 
     @property
     def value(self) -> Any:
@@ -165,26 +167,32 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """A tensor on its way into a product: what it came from, what it is a sum of, its shape."""
+
+    roots: Roots
+    terms: Terms
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Attended:
     """One softmax attention.
 
     Attributes:
         within: Modules that were running, outermost first.
-        q, k, v: What the three were computed from.
-        q_terms, v_terms: The two as combinations of sources.
-        q_shape, k_shape, v_shape: Their shapes as they entered.
+        q, k, v: What was multiplied.
+        square: Shape of the pattern.
+        nth: Which softmax of each module that was running it is; empty for a fused attention.
         is_complete: Whether the product of pattern and values was seen as well.
     """
 
     within: tuple[str, ...]
-    q: Roots
-    k: Roots
-    v: Roots
-    q_terms: Terms
-    v_terms: Terms
-    q_shape: tuple[int, ...]
-    k_shape: tuple[int, ...]
-    v_shape: tuple[int, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    square: tuple[int, ...]
+    nth: dict[str, int]
     is_complete: bool = True
 
 
@@ -238,8 +246,8 @@ class _Follower(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, Terms]] = {}
         self.rooted: dict[int, tuple[Tensor, Roots]] = {}
         self.bases: dict[int, tuple[Tensor, str]] = {}
-        self.products: dict[str, tuple[Tensor, Tensor, Roots, Roots, Terms]] = {}
-        self.patterns: dict[str, str] = {}
+        self.products: dict[str, tuple[Operand, Operand]] = {}
+        self.patterns: dict[str, tuple[Operand, Operand, tuple[int, ...], dict[str, int]]] = {}
         self.stack: list[Visit] = []
         self.attended: dict[str, Attended] = {}
         self.gated: dict[str, tuple[Terms, Roots, Terms, Roots]] = {}
@@ -448,7 +456,8 @@ class _Follower(TorchFunctionMode):
                 args[i] if len(args) > i else kwargs[name]
                 for i, name in enumerate(("query", "key", "value"))
             )
-            self.attend(q, k, self.roots(q), self.roots(k), self.terms(q), v, out)
+            square = (*q.shape[:-1], k.shape[-2])
+            self.attend(self.operand(q), self.operand(k), v, out, tuple(square), {})
         elif func in _SOFTMAX:
             self.softmax(args[0] if args else kwargs["input"], out)
         elif func in _PRODUCT:
@@ -458,54 +467,63 @@ class _Follower(TorchFunctionMode):
                 self.product(operands[0], operands[1], out)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        source = next(iter(self.terms(left)), "")
-        if source.startswith("pattern "):
-            found = self.products[self.patterns[source]]
-            self.attend(found[0], found[1], found[2], found[3], found[4], right, out)
-            return
+        for operand, other in ((left, right), (right, left)):
+            source = next(iter(self.terms(operand)), "")
+            if source.startswith("pattern "):
+                q, k, square, nth = self.patterns[source]
+                self.attend(q, k, other, out, square, nth)
+                return
         roots = self.roots(left), self.roots(right)
         if all(roots):
             self.mixing.update(visit.path for visit in self.stack)
             name = self.new_source("product")
-            self.products[name] = (left, right, *roots, dict(self.terms(left)))
+            self.products[name] = (self.operand(left), self.operand(right))
             self.root(out, frozenset({Root(name)}))
 
+    def operand(self, tensor: Tensor) -> Operand:
+        return Operand(self.roots(tensor), dict(self.terms(tensor)), tuple(tensor.shape))
+
     def softmax(self, x: Tensor, out: Tensor) -> None:
+        nth = {visit.path: visit.softmaxes for visit in self.stack}
+        for visit in self.stack:
+            visit.softmaxes += 1
         made = [root.path for root in self.roots(x) if root.path.startswith("product ")]
         if not made or out.dim() not in (3, 4):
             return
         # Relative positions add products of their own, and come second.
-        first = min(made, key=lambda name: int(name.split()[1]))
+        q, k = self.products[min(made, key=lambda name: int(name.split()[1]))]
         name = self.new_source("pattern")
-        self.patterns[name] = first
+        self.patterns[name] = (q, k, tuple(out.shape), nth)
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
-        left, right, q, k, terms = self.products[first]
-        self.record(name, left, right, q, k, terms, None)
+        self.record(name, q, k, Operand(_NONE, {}, ()), tuple(out.shape), nth, False)
 
     def attend(
-        self, q: Tensor, k: Tensor, q_roots: Roots, k_roots: Roots, q_terms: Terms, v: Tensor, out: Tensor
+        self,
+        q: Operand,
+        k: Operand,
+        v: Tensor,
+        out: Tensor,
+        square: tuple[int, ...],
+        nth: dict[str, int],
     ) -> None:
         name = self.new_source("attended")
-        self.record(name, q, k, q_roots, k_roots, q_terms, v)
+        self.record(name, q, k, self.operand(v), square, nth, True)
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
 
     def record(
-        self, name: str, q: Tensor, k: Tensor, q_roots: Roots, k_roots: Roots, q_terms: Terms, v: Tensor | None
+        self,
+        name: str,
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        square: tuple[int, ...],
+        nth: dict[str, int],
+        is_complete: bool,
     ) -> None:
-        self.attended[name] = Attended(
-            tuple(visit.path for visit in self.stack),
-            q_roots,
-            k_roots,
-            _NONE if v is None else self.roots(v),
-            dict(q_terms),
-            {} if v is None else dict(self.terms(v)),
-            tuple(q.shape),
-            tuple(k.shape),
-            () if v is None else tuple(v.shape),
-            v is not None,
-        )
+        within = tuple(visit.path for visit in self.stack)
+        self.attended[name] = Attended(within, q, k, v, square, nth, is_complete)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -633,7 +651,7 @@ def trace(
         visits,
         follower.attended,
         follower.gated,
-        {name: found[2] | found[3] for name, found in follower.products.items()},
+        {name: left.roots | right.roots for name, (left, right) in follower.products.items()},
         follower.routed,
         frozenset(follower.mixing),
         frozenset(follower.summands),

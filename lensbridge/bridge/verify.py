@@ -19,6 +19,9 @@ from .run import INSIDE_ATTENTION, record_run
 from .trace import first_item
 
 
+_TOWER_PARTS = ("embed", "pos_embed", "ln_embed", "rotary_emb", "blocks", "ln_final")
+
+
 @dataclass(frozen=True)
 class Check:
     """One identity at one place.
@@ -90,7 +93,11 @@ def verify_run(
     outside = [n for n in every if not n.endswith((*INSIDE_ATTENTION, ".hook_result"))]
     bare = _seeded(run)
     opened, closed = (
-        record_run(registry, partial(_seeded, run), names_filter=set(wanted).__contains__)
+        record_run(
+            registry,
+            partial(_seeded, run),
+            names_filter=set(wanted).__contains__ if wanted else [],
+        )
         for wanted in (every, outside)
     )
     tolerance = 1e-5 if bare.dtype in (torch.float32, torch.float64) else 2e-2
@@ -113,7 +120,7 @@ def verify_tower(
     """The same for a tower that has inputs of its own, run by itself."""
     owner: Any = model.get_submodule(tower.root)
     first = next(owner.parameters())
-    names = [name for name in registry if name.startswith(tower.prefix)]
+    names = [name for name in registry if belongs(name, tower)]
     reasons: list[str] = []
     for given in examples(owner, first.device):
         try:
@@ -125,6 +132,12 @@ def verify_tower(
         return verify_run(model, architecture, registry, made, names)
     where = f"{tower.prefix}blocks"
     return [Check(f"runs alone ({reasons[:1]})", where, float("inf"), 0.0)]
+
+
+def belongs(name: str, tower: Tower) -> bool:
+    """Whether a point is one of a tower's."""
+    part = name.removeprefix(tower.prefix).partition(".")[0]
+    return name.startswith(tower.prefix) and part in _TOWER_PARTS
 
 
 def _run_alone(owner: Any, given: dict[str, Any]) -> Tensor:
@@ -202,6 +215,9 @@ class _Checks:
             elif index + 1 < len(block.branches) and mid in cache:
                 self.near(f"{words} == {mid.rpartition('hook_')[2]}", here, state, cache[mid])
                 state, words = cache[mid], mid.rpartition("hook_")[2]
+        if block.ln_out is not None:
+            self.near(f"{words} == ln_out.hook_in", here, state, cache[f"{here}.ln_out.hook_in"])
+            state, words = cache[f"{here}.ln_out.hook_out"], "ln_out.hook_out"
         self.near(f"{words} == resid_post", here, state, cache[f"{here}.hook_out"])
 
     def scaled(self, value: Tensor, factor: float, by: tuple[str, ...]) -> Tensor:
