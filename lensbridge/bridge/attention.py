@@ -195,6 +195,8 @@ class AttentionSpan(Span):
 
     def _fire_live(self, x: Any) -> Any:
         """The pattern, fired, where it enters a product; anything else as it is."""
+        if isinstance(x, (list, tuple)):
+            return type(x)(self._fire_live(item) for item in x)
         if self._live is None or x is not self._live:
             return x
         self._live, self._product_seen = None, True

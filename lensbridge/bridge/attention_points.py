@@ -38,7 +38,7 @@ def attention(build: Builder, name: str, branch: Branch, attn: Attention) -> Non
         else:
             head_norm(build, f"{name}.{part}", norm, "head" if part == "q_norm" else "kv_head")
     inside(build, name, attn)
-    added = [] if branch.ln_post is not None or branch.adds is None else [f"{block_name}.hook_{branch.name}_out"]
+    added = () if branch.ln_post else build.added(f"{block_name}.hook_{branch.name}_out", branch)
     exits = branch.makes or attn.path
     if attn.o is None:
         names = [f"{name}.{p}" for p in ("o.hook_in", "o.hook_out", "hook_result")]
@@ -133,7 +133,9 @@ def inside(build: Builder, name: str, attn: Attention) -> None:
     pattern = HookPoint(f"{name}.hook_pattern", build.aliases(f"{name}.hook_pattern"), axes=square)
     rotated: tuple[HookPoint | None, HookPoint | None] = (None, None)
     names = [f"{name}.hook_rot_q", f"{name}.hook_rot_k"]
-    if attn.is_rotary:
+    if "rot" in attn.absent:
+        build.lacks(attn.absent["rot"], *names)
+    elif attn.is_rotary:
         rotated = (
             HookPoint(names[0], build.aliases(names[0]), axes="batch pos head d_head"),
             HookPoint(names[1], build.aliases(names[1]), axes="batch pos kv_head d_head"),

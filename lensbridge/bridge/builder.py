@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..hooks import ArchitectureError, Call, HookPoint, Site, Tap, Unsettled
 from ..hooks.names import aliases_of
 from . import places
-from .architecture import Architecture, Block, Norm, Tower
+from .architecture import Architecture, Block, Branch, Norm, Tower
 from .example import LENGTH, ROWS
 from .places import Rows
 from .trace import Trace, Visit
@@ -69,6 +69,7 @@ class Builder:
         self.calls = 1
         self.shape: tuple[int, ...] | None = None
         self.stream = STREAM
+        self.size: tuple[int, ...] = ()
         if self.seen is not None and block is not None:
             visits = self.seen.visits[block.path]
             self.calls = len(visits)
@@ -76,6 +77,7 @@ class Builder:
             if isinstance(entering, Tensor):
                 self.shape = tuple(entering.shape[:2])
                 self.stream = _stream_axes(entering)
+                self.size = tuple(entering.shape)
 
     def site(self, path: str, turn: tuple[int, int] | None = None) -> Site:
         """The site of a module, or of one of its calls where it is called several times."""
@@ -104,6 +106,7 @@ class Builder:
         turn: tuple[int, int] | None = None,
     ) -> HookPoint | None:
         """Make a point, unless the watched run shows that the place cannot carry one."""
+        axes = self.axes(axes)
         aliases = self.aliases(name, *extra_aliases)
         reason, layout, is_volatile = self.verdict(name, path, tap, axes, turn)
         if reason:
@@ -116,6 +119,22 @@ class Builder:
             self.note_rows(point)
         self.points.append(point)
         return point
+
+    def axes(self, axes: str) -> str:
+        """Axes as they are in this tower; some keep all rows in one sequence."""
+        return axes.replace("batch pos", "pos") if len(self.size) == 2 else axes
+
+    def added(self, name: str, branch: Branch) -> tuple[str, ...]:
+        """The name of what a branch adds, if that is laid out as the stream is."""
+        visit = self.visit(branch.adds)
+        value = None if visit is None else visit.value
+        if not isinstance(value, Tensor):
+            return ()
+        if tuple(value.shape) != self.size and self.layout(value, self.stream) in (None, ""):
+            shapes = f"{list(value.shape)}, the stream {list(self.size)}"
+            self.lacks(f"what {branch.adds} makes is laid out as {shapes}", name)
+            return ()
+        return (name,)
 
     def aliases(self, name: str, *extra: str) -> tuple[str, ...]:
         """A point's familiar names; a decoder's own attention is also its self-attention."""
@@ -171,6 +190,8 @@ class Builder:
         """How a value is laid out against its axes; None when in no known way."""
         wanted = len(axes.split())
         shape = tuple(value.shape)
+        if len(self.size) == 2:
+            return "" if value.dim() == wanted else None
         if self.shape is None or self.shape[0] == self.shape[1]:
             return "" if value.dim() == wanted else None
         rows, length = self.shape
@@ -212,6 +233,8 @@ class Builder:
 
 def _stream_axes(x: Tensor) -> str:
     """Axes of a residual stream: of the usual three, of images, or of several streams side by side."""
+    if x.dim() == 2:
+        return "pos d_model"
     if x.dim() != 4:
         return STREAM
     if x.shape[:2] == (ROWS, LENGTH):

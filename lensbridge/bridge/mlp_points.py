@@ -20,9 +20,7 @@ _HIDDEN = "batch pos d_mlp"
 def mlp(build: Builder, name: str, branch: Branch, part: Mlp) -> None:
     """A plain or gated MLP, or a mixture of experts."""
     block_name = name.rpartition(".")[0]
-    added = (
-        [] if branch.ln_post is not None or branch.adds is None else [f"{block_name}.hook_{branch.name}_out"]
-    )
+    added = () if branch.ln_post else build.added(f"{block_name}.hook_{branch.name}_out", branch)
     exits = branch.makes or part.path or part.out
     layers(build, name, part, [f"{name}.hook_out", *added] if exits == part.out else [])
     if part.router is not None:
@@ -100,5 +98,5 @@ def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
         if layer != "conv":
             build.add(f"{name}.{layer}.hook_in", path, places.whole_input(), axes)
         build.add(f"{name}.{layer}.hook_out", path, places.whole_output(), axes)
-    added = [] if branch.ln_post is not None or branch.adds is None else [f"{block_name}.hook_{branch.name}_out"]
+    added = () if branch.ln_post else build.added(f"{block_name}.hook_{branch.name}_out", branch)
     build.add(f"{name}.hook_out", branch.makes or part.path, places.whole_output(), build.stream, *added)

@@ -164,6 +164,11 @@ class Parts:
         heads, why = self.heads(event, shares["q"])
         if why:
             absent["pattern"] = why
+        times = sum(path in other.within for other in self.seen.attended.values() if other.is_complete)
+        if times > 1 and "pattern" not in absent:
+            absent["pattern"] = f"attention happens {times} times in one call of {path}"
+        if not event.is_plain:
+            absent["rot"] = "q and k meet in a product of its own layout"
         d_head = event.q.shape[-1]
         d_head_v = event.v.shape[-1] if event.v.shape else d_head
         n_kv = event.k.shape[1] if not event.nth and len(event.k.shape) == 4 else heads
@@ -304,6 +309,11 @@ class Parts:
         if o is None or v is None or len(events) != 1 or not event.is_complete:
             return False
         into = o.terms_in or {}
+        made = self.at[v.path].value
+        if not isinstance(made, Tensor) or event.v.shape[0] not in (len(made), event.square[0]):
+            return False
+        if len(event.square) == 4 and made.dim() == 3 and len(made) != event.square[0]:
+            return False  # cut into blocks on the way
         return (
             into == {events[0]: 1.0}
             and list(event.v.terms.values()) == [1.0]

@@ -114,8 +114,8 @@ def block(build: Builder, name: str, one: Block) -> None:
         else:
             mixer(build, part, branch, branch.part)
         if branch.ln_post is not None:
-            added = f"{name}.hook_{branch.name}_out"
-            build.norm(f"{name}.ln{branch.number}_post", branch.ln_post, build.stream, added)
+            added = build.added(f"{name}.hook_{branch.name}_out", branch)
+            build.norm(f"{name}.ln{branch.number}_post", branch.ln_post, build.stream, *added)
         between(build, name, one, index)
         if branch.ln is not None and branch.place == "after":
             build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream)

@@ -49,7 +49,8 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     if "blocks" in row:
         found = [Stack(row["blocks"], tuple(_listed(model.get_submodule(row["blocks"]), row["blocks"])))]
     else:
-        found = list(_stacks(model, "", _declared(model)))
+        found = list(_stacks(model, "", _declared(model), 2))
+        found = found or list(_stacks(model, "", frozenset(), 1))  # convolutions, one to a layer
     if not found:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of layers (no nn.ModuleList whose items hold layers with "
@@ -77,24 +78,28 @@ def _declared(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _stacks(home: nn.Module, path: str, declared: frozenset[str]) -> Iterator[Stack]:
+def _stacks(
+    home: nn.Module, path: str, declared: frozenset[str], matrices: int
+) -> Iterator[Stack]:
     for name, child in home.named_children():
         where = f"{path}.{name}" if path else name
         if any(word in name for word in table.NOT_LAYERS):
             continue
         if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child):
-            blocks = tuple(_layers(child, where, declared))
+            blocks = tuple(_layers(child, where, declared, matrices))
             if blocks:
                 yield Stack(where, blocks)
                 continue
-        yield from _stacks(child, where, declared)
+        yield from _stacks(child, where, declared, matrices)
 
 
 def _listed(stack: nn.Module, path: str) -> Iterator[str]:
     return (f"{path}.{name}" for name, _ in stack.named_children())
 
 
-def _layers(stack: nn.Module, path: str, declared: frozenset[str]) -> Iterator[str]:
+def _layers(
+    stack: nn.Module, path: str, declared: frozenset[str], matrices: int
+) -> Iterator[str]:
     """The layers in a list of layers or of stages."""
     for name, item in stack.named_children():
         where = f"{path}.{name}"
@@ -105,14 +110,14 @@ def _layers(stack: nn.Module, path: str, declared: frozenset[str]) -> Iterator[s
             (f"{where}.{n}", m)
             for n, m in _lists_in(item)
             if len({type(x) for x in m.children()}) == 1
-            and all(is_layer(x) or isinstance(x, nn.ModuleList) for x in m.children())
+            and all(is_layer(x, matrices) or isinstance(x, nn.ModuleList) for x in m.children())
         ]
         if isinstance(item, (nn.ModuleList, nn.Sequential)) and not inner:
-            yield from _layers(item, where, declared)
+            yield from _layers(item, where, declared, matrices)
         elif inner:
             for inner_path, module in inner:
-                yield from _layers(module, inner_path, declared)
-        elif is_layer(item):
+                yield from _layers(module, inner_path, declared, matrices)
+        elif is_layer(item, matrices):
             yield where
 
 
@@ -122,8 +127,8 @@ def _lists_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module could be a layer of a transformer: two matrices or more, and a norm."""
+def is_layer(module: nn.Module, least: int = 2) -> bool:
+    """Whether a module could be a layer: matrices (two in a transformer, or more), and a norm."""
     matrices = norms = 0
     for part in module.modules():
         matrices += has_weights(part)
@@ -132,7 +137,7 @@ def is_layer(module: nn.Module) -> bool:
             and any(p is not None for p in part._parameters.values())
             and not has_weights(part)
         )
-    return matrices >= 2 and norms >= 1
+    return matrices >= least and norms >= 1
 
 
 def _rank(model: nn.Module, stack: Stack) -> tuple[Any, ...]:

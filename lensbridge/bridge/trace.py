@@ -11,7 +11,7 @@ tree, without comparing numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ _SAME = {
     torch.repeat_interleave,
     Tensor.__getitem__,
 }
+_CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
 _GROWS = {Tensor.expand, Tensor.repeat_interleave, torch.repeat_interleave}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -184,6 +185,7 @@ class Attended:
         q, k, v: What was multiplied.
         square: Shape of the pattern.
         nth: Which softmax of each module that was running it is; empty for a fused attention.
+        is_plain: Whether q and k met in a plain product, [..., query, d] by [..., d, key].
         is_complete: Whether the product of pattern and values was seen as well.
     """
 
@@ -193,6 +195,7 @@ class Attended:
     v: Operand
     square: tuple[int, ...]
     nth: dict[str, int]
+    is_plain: bool = True
     is_complete: bool = True
 
 
@@ -246,8 +249,8 @@ class _Follower(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, Terms]] = {}
         self.rooted: dict[int, tuple[Tensor, Roots]] = {}
         self.bases: dict[int, tuple[Tensor, str]] = {}
-        self.products: dict[str, tuple[Operand, Operand]] = {}
-        self.patterns: dict[str, tuple[Operand, Operand, tuple[int, ...], dict[str, int]]] = {}
+        self.products: dict[str, tuple[Operand, Operand, bool]] = {}
+        self.patterns: dict[str, Attended] = {}
         self.stack: list[Visit] = []
         self.attended: dict[str, Attended] = {}
         self.gated: dict[str, tuple[Terms, Roots, Terms, Roots]] = {}
@@ -330,7 +333,7 @@ class _Follower(TorchFunctionMode):
             self.filled[_storage(target)] = (target, self.roots(target) | roots)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
-            if func in _SAME and id(args[0]) in self.constants:
+            if func in _CASTS and id(args[0]) in self.constants:
                 self.constants[id(out)] = self.constants[id(args[0])]
                 self.kept.append(out)
             elif out.is_floating_point():
@@ -457,27 +460,27 @@ class _Follower(TorchFunctionMode):
                 for i, name in enumerate(("query", "key", "value"))
             )
             square = (*q.shape[:-1], k.shape[-2])
-            self.attend(self.operand(q), self.operand(k), v, out, tuple(square), {})
+            made = Attended(self.within(), self.operand(q), self.operand(k), self.operand(v), square, {})
+            self.attend(made, v, out)
         elif func in _SOFTMAX:
             self.softmax(args[0] if args else kwargs["input"], out)
         elif func in _PRODUCT:
             operands = [x for x in _tensors((*args, *kwargs.values())) if x.dim() >= 3]
             operands = operands[1:] if func in _ADDING_MATMUL else operands
             if len(operands) == 2:
-                self.product(operands[0], operands[1], out)
+                self.product(operands[0], operands[1], out, func is not torch.einsum)
 
-    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+    def product(self, left: Tensor, right: Tensor, out: Tensor, is_plain: bool) -> None:
         for operand, other in ((left, right), (right, left)):
             source = next(iter(self.terms(operand)), "")
             if source.startswith("pattern "):
-                q, k, square, nth = self.patterns[source]
-                self.attend(q, k, other, out, square, nth)
+                self.attend(self.patterns[source], other, out)
                 return
         roots = self.roots(left), self.roots(right)
         if all(roots):
             self.mixing.update(visit.path for visit in self.stack)
             name = self.new_source("product")
-            self.products[name] = (self.operand(left), self.operand(right))
+            self.products[name] = (self.operand(left), self.operand(right), is_plain)
             self.root(out, frozenset({Root(name)}))
 
     def operand(self, tensor: Tensor) -> Operand:
@@ -491,39 +494,24 @@ class _Follower(TorchFunctionMode):
         if not made or out.dim() not in (3, 4):
             return
         # Relative positions add products of their own, and come second.
-        q, k = self.products[min(made, key=lambda name: int(name.split()[1]))]
+        q, k, is_plain = self.products[min(made, key=lambda name: int(name.split()[1]))]
         name = self.new_source("pattern")
-        self.patterns[name] = (q, k, tuple(out.shape), nth)
+        self.patterns[name] = self.attended[name] = Attended(
+            self.within(), q, k, Operand(_NONE, {}, ()), tuple(out.shape), nth, is_plain, False
+        )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
-        self.record(name, q, k, Operand(_NONE, {}, ()), tuple(out.shape), nth, False)
 
-    def attend(
-        self,
-        q: Operand,
-        k: Operand,
-        v: Tensor,
-        out: Tensor,
-        square: tuple[int, ...],
-        nth: dict[str, int],
-    ) -> None:
+    def within(self) -> tuple[str, ...]:
+        return tuple(visit.path for visit in self.stack)
+
+    def attend(self, pattern: Attended, v: Tensor, out: Tensor) -> None:
         name = self.new_source("attended")
-        self.record(name, q, k, self.operand(v), square, nth, True)
+        self.attended[name] = replace(
+            pattern, within=self.within(), v=self.operand(v), is_complete=True
+        )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
-
-    def record(
-        self,
-        name: str,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        square: tuple[int, ...],
-        nth: dict[str, int],
-        is_complete: bool,
-    ) -> None:
-        within = tuple(visit.path for visit in self.stack)
-        self.attended[name] = Attended(within, q, k, v, square, nth, is_complete)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -651,7 +639,7 @@ def trace(
         visits,
         follower.attended,
         follower.gated,
-        {name: left.roots | right.roots for name, (left, right) in follower.products.items()},
+        {name: left.roots | right.roots for name, (left, right, _) in follower.products.items()},
         follower.routed,
         frozenset(follower.mixing),
         frozenset(follower.summands),
