@@ -156,6 +156,7 @@ class Branch:
         joins: Whether it is added in one sum with the branch before it, both reading the same stream.
         skip, scale: Factors of stream and branch in the sum.
         skip_by, scale_by: Parameters of the model that multiply them as well.
+        bias: Parameters that are added besides.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Branch:
     scale: float = 1.0
     skip_by: tuple[str, ...] = ()
     scale_by: tuple[str, ...] = ()
+    bias: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .norm import describe_norm
 from .stacks import Stack, find_stacks, text_config
 from .trace import Trace, Visit, has_weights, into, trace
 
-_SMALL = 50_000_000
+_SMALL = 200_000_000
 """Parameters up to which a twin with numbers is made."""
 
 _KNOWN: dict[tuple[Any, ...], Architecture] = {}
@@ -115,7 +115,7 @@ def _watch(
         if any(path in seen.visits for path in main):
             return seen, ""
         reasons.append(f"a run on {', '.join(given)} did not reach the layers")
-    return None, reasons[0] if reasons else "no input for it is known"
+    return None, reasons[-1] if reasons else "no input for it is known"
 
 
 def _inputs(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .architecture import Block, Branch, Norm
 from .norm import describe_norm
 from .parts import Parts, name_parts
-from .trace import TIMES, Terms, Trace, Visit, has_weights, head_of, into
+from .trace import BIAS, TIMES, Terms, Trace, Visit, has_weights, head_of, into
 
 _STEPS = 16
 
@@ -156,7 +156,7 @@ class Layer:
     def added(self, step: _Sum) -> tuple[list[Branch], str]:
         """The branches of one step in the order they are added; or why they cannot be told apart."""
         made, left = self.makers(step)
-        if left:
+        if any(not source.startswith(BIAS) for source in left):
             return [], f"it adds {len(left)} value(s) that no module makes"
         read = [self.branch(visit) for visit in made]
         # The stream between the sums: what some branch reads that already holds another's output.
@@ -175,6 +175,8 @@ class Layer:
             if not group or factors is None:
                 return [], "its sums do not follow from each other"
             expected = _times(before, *factors)
+            biases = {s: c for s, c in state.items() if s in left and s not in expected}
+            expected.update(biases)
             for place, index in enumerate(group):
                 own = made[index].terms_out or {}
                 scaled = _factors(own, state)
@@ -193,6 +195,7 @@ class Layer:
                         skip_by=_names(skip_by),
                         scale=scaled[0],
                         scale_by=_names(scaled[1]),
+                        bias=tuple(s.removeprefix(BIAS) for s in biases) if place == 0 else (),
                     )
                 )
             if not _same(expected, state):
@@ -294,4 +297,4 @@ def _names(by: str) -> tuple[str, ...]:
 
 
 def _rounded(terms: Terms) -> Terms:
-    return {source: round(value, 9) for source, value in terms.items() if abs(value) > 1e-9}
+    return {source: round(value, 6) for source, value in terms.items() if abs(value) > 1e-9}

@@ -59,7 +59,7 @@ def experts(build: Builder, name: str, part: Mlp, router: str) -> None:
     if visit is not None and isinstance(visit.output, Tensor):
         build.add(logits, router, places.whole_output(), axes)
     elif visit is not None and part.n_experts is not None:
-        point = HookPoint(logits, build.aliases(logits), axes=axes)
+        point = HookPoint(logits, build.aliases(logits), axes=build.axes(axes))
         build.site(router).set_span(RouterSpan(point, part.n_experts, build.rows))
         build.note_rows(point)
         build.points.append(point)

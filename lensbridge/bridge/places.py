@@ -202,16 +202,20 @@ class Rows:
     """How many rows and positions the layer that is running has: [batch, pos] of what entered it."""
 
     def __init__(self) -> None:
-        self.shape: tuple[int, int] = (1, 1)
+        self.shape: tuple[int, int] | None = None  # None: a single sequence
 
     def note(self) -> Action:
         """What to do when the layer begins."""
 
         def run(call: Call) -> None:
             shape = get_input(call).shape
-            self.shape = (shape[0], shape[1])
+            self.shape = (shape[0], shape[1]) if len(shape) > 2 else None
 
         return Action(run, "input")
+
+    def split(self, x: Tensor) -> Tensor:
+        """[batch * pos, ...] as [batch, pos, ...]."""
+        return x if self.shape is None else x.unflatten(0, self.shape)
 
 
 def through(tap: Tap, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tap:
@@ -225,7 +229,7 @@ def through(tap: Tap, there: Callable[[Tensor], Tensor], back: Callable[[Tensor]
 
 def unflattened(tap: Tap, rows: Rows) -> Tap:
     """[batch * pos, ...] as [batch, pos, ...]."""
-    return through(tap, lambda x: x.unflatten(0, rows.shape), lambda x: x.flatten(0, 1))
+    return through(tap, rows.split, lambda x: x.flatten(0, 1))
 
 
 def swapped(tap: Tap, first: int, second: int) -> Tap:

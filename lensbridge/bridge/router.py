@@ -61,8 +61,5 @@ class RouterSpan(Span):
         if out.shape[-1] != self.n_experts:
             return out
         self._done = True
-        flat = out.dim() == 2
-        new = self.logits.fire(out.unflatten(0, self.rows.shape) if flat else out)
-        if new is None:
-            return out
-        return new.flatten(0, 1) if flat else new
+        new = self.logits.fire(self.rows.split(out) if out.dim() == 2 else out)
+        return out if new is None else new.reshape(out.shape)

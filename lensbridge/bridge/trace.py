@@ -41,6 +41,7 @@ class Root:
 
 
 TIMES = " * "
+BIAS = "bias "
 Roots = frozenset[Root]
 _NONE: Roots = frozenset()
 
@@ -83,6 +84,7 @@ _SAME = {
     Tensor.__getitem__,
 }
 _CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
+_EXPANDS = {Tensor.expand, Tensor.expand_as}
 _GROWS = {Tensor.expand, Tensor.repeat_interleave, torch.repeat_interleave}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -333,7 +335,9 @@ class _Follower(TorchFunctionMode):
             self.filled[_storage(target)] = (target, self.roots(target) | roots)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
-            if func in _CASTS and id(args[0]) in self.constants:
+            if func in _EXPANDS and id(args[0]) in self.constants:
+                self.name(out, f"{BIAS}{self.constants[id(args[0])]}")
+            elif func in _CASTS and id(args[0]) in self.constants:
                 self.constants[id(out)] = self.constants[id(args[0])]
                 self.kept.append(out)
             elif out.is_floating_point():
@@ -435,6 +439,8 @@ class _Follower(TorchFunctionMode):
             return False
         if right.shape == left.shape:
             return True
+        if _squeezed(right) == _squeezed(left):
+            return True
         # Positions are the same for every row.
         return right.dim() == left.dim() and id(left) in self.known and id(right) in self.known
 
@@ -512,6 +518,14 @@ class _Follower(TorchFunctionMode):
         )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
+
+
+def _squeezed(tensor: Tensor) -> tuple[int, ...]:
+    """A shape without the ones it begins with."""
+    shape = tuple(tensor.shape)
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _storage(tensor: Tensor) -> int:

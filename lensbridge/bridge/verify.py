@@ -204,6 +204,8 @@ class _Checks:
             made = cache[f"{here}.hook_{branch.name}_out"]
             state = self.scaled(state, branch.skip, branch.skip_by)
             state = state + self.scaled(made, branch.scale, branch.scale_by)
+            for name in branch.bias:
+                state = state + self.parameter(name).to(state.device)
             words += f" + {branch.name}_out"
             if index + 1 < len(block.branches) and block.branches[index + 1].joins:
                 continue
@@ -222,9 +224,12 @@ class _Checks:
 
     def scaled(self, value: Tensor, factor: float, by: tuple[str, ...]) -> Tensor:
         for name in by:
-            home, _, own = name.rpartition(".")
-            value = value * getattr(self.model.get_submodule(home), own).to(value.device)
+            value = value * self.parameter(name).to(value.device)
         return value if factor == 1.0 else value * factor
+
+    def parameter(self, name: str) -> Tensor:
+        home, _, own = name.rpartition(".")
+        return getattr(self.model.get_submodule(home), own)
 
     def attention(self, here: str, attn: Attention) -> None:
         cache = self.cache
@@ -244,10 +249,12 @@ class _Checks:
         if f"{here}.hook_result" not in cache or f"{here}.v.hook_out" not in cache:
             return
         v, z = cache[f"{here}.v.hook_out"], cache[f"{here}.o.hook_in"]
-        v = v.repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=2)
+        v = v.repeat_interleave(attn.n_heads // attn.n_key_value_heads, dim=-2)
         if attn.is_direct:
-            self.near("pattern @ v == z", here, torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
-        total = cache[f"{here}.hook_result"].sum(2)
+            rows = v if v.dim() == 4 else v[None]  # a tower that keeps all its rows in one sequence
+            made = torch.einsum("bhqk,bkhd->bqhd", pattern, rows)
+            self.near("pattern @ v == z", here, made.reshape(z.shape), z)
+        total = cache[f"{here}.hook_result"].sum(-2)
         bias = bias_of(self.model.get_submodule(str(attn.o)), z.flatten(-2))
         out = cache[f"{here}.o.hook_out"]
         self.near(
