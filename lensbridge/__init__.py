@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .bridge import ActivationCache, Architecture, BridgeConfig, TransformerBridge
+    from .bridge import (
+        ActivationCache,
+        Architecture,
+        BridgeConfig,
+        TransformerBridge,
+        add_row,
+    )
     from .hooks import (
         AbsentPointError,
         ArchitectureError,
@@ -46,6 +52,7 @@ _HOME = {
     "PointError": "hooks",
     "SelectionError": "hooks",
     "UnknownPointError": "hooks",
+    "add_row": "bridge",
 }
 
 __all__ = [
@@ -67,6 +74,7 @@ __all__ = [
     "TransformerBridge",
     "UnknownPointError",
     "__version__",
+    "add_row",
 ]
 
 

@@ -31,6 +31,7 @@ PUBLIC = [
     "TransformerBridge",
     "UnknownPointError",
     "__version__",
+    "add_row",
 ]
 
 

@@ -4,5 +4,6 @@ from .architecture import Architecture
 from .bridge import TransformerBridge
 from .cache import ActivationCache
 from .config import BridgeConfig
+from .table import add_row
 
-__all__ = ["ActivationCache", "Architecture", "BridgeConfig", "TransformerBridge"]
+__all__ = ["ActivationCache", "Architecture", "BridgeConfig", "TransformerBridge", "add_row"]

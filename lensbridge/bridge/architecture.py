@@ -124,15 +124,19 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A part that lets positions see each other without softmax attention: state space, recurrence, convolution.
+    """A part that lets positions see each other without softmax attention: state space, convolution...
 
     Attributes:
         path: Module path.
         parts: Its layers by their canonical names: (``"conv"``, path), ...
+        gate: What multiplies the mixed values before the last layer.
+        silent: Layers whose weights are used without calling them.
     """
 
     path: str
     parts: tuple[tuple[str, str], ...] = ()
+    gate: Projection | None = None
+    silent: tuple[tuple[str, str], ...] = ()
 
 
 Part = Attention | Mlp | Mixer
@@ -221,7 +225,8 @@ class Block:
     def kind(self) -> str:
         """What it is made of, in a few words: ``"attn + mlp"``, ``"mixer + mlp (experts)"``."""
         words = [
-            branch.name + " (experts)" * (isinstance(branch.part, Mlp) and branch.part.router is not None)
+            branch.name
+            + " (experts)" * (isinstance(branch.part, Mlp) and branch.part.router is not None)
             for branch in self.branches
         ]
         return " + ".join(words) or "unknown"
@@ -266,7 +271,7 @@ class Architecture:
         main: The tower that ends in the logits; a decoder where there is one.
         towers: All towers in the order they run, the main one among them.
         unembed: Path of the head.
-        logit_scale: Factor between the head's output and the logits; None when more happens to them (a soft cap).
+        logit_scale: Factor between the head's output and the logits; None when more happens (a soft cap).
         projectors: What carries one tower's output to another, by name.
         absent: Roles that were looked for and not found, with what was tried.
     """

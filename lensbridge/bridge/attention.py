@@ -191,7 +191,9 @@ class AttentionSpan(Span):
             return False
         if left.dim() == 4:
             return left.shape[1] in (self.n_heads, self.n_key_value_heads)
-        return left.dim() == 3 and left.shape[0] == right.shape[0] and not left.shape[0] % self.n_heads
+        return (
+            left.dim() == 3 and left.shape[0] == right.shape[0] and not left.shape[0] % self.n_heads
+        )
 
     def _fire_live(self, x: Any) -> Any:
         """The pattern, fired, where it enters a product; anything else as it is."""

@@ -86,7 +86,12 @@ def head_inputs(build: Builder, name: str, branch: Branch, attn: Attention) -> N
         or build.layout(ln.value, STREAM) != ""
     ):
         every = [*names.values(), *(x for xs in short.values() for x in xs)]
-        build.lacks("q, k and v do not all read the output of a norm of the stream", all_name, *all_short, *every)
+        build.lacks(
+            "q, k and v do not all read the output of a norm of the stream",
+            all_name,
+            *all_short,
+            *every,
+        )
         return
     inputs = HeadInputs(build.modules[branch.ln.path])
     site = build.site(branch.ln.path)
@@ -129,7 +134,9 @@ def inside(build: Builder, name: str, attn: Attention) -> None:
         build.lacks(attn.absent["pattern"], *names)
         return
     square = "batch head query key"
-    scores = HookPoint(f"{name}.hook_attn_scores", build.aliases(f"{name}.hook_attn_scores"), axes=square)
+    scores = HookPoint(
+        f"{name}.hook_attn_scores", build.aliases(f"{name}.hook_attn_scores"), axes=square
+    )
     pattern = HookPoint(f"{name}.hook_pattern", build.aliases(f"{name}.hook_pattern"), axes=square)
     rotated: tuple[HookPoint | None, HookPoint | None] = (None, None)
     names = [f"{name}.hook_rot_q", f"{name}.hook_rot_k"]
@@ -146,11 +153,22 @@ def inside(build: Builder, name: str, attn: Attention) -> None:
         attn.n_heads, attn.n_key_value_heads, scores, pattern, *rotated, nth=attn.nth
     )
     build.site(attn.path).set_span(span)
+    for point in span.points:
+        point.__dict__["sizes"] = {
+            "head": attn.n_heads,
+            "kv_head": attn.n_key_value_heads,
+            "d_head": attn.d_head,
+        }
     build.points.extend(span.points)
 
 
 def projection(
-    build: Builder, name: str, share: Projection, heads: tuple[int, int] | None, axes: str, *aliases: str
+    build: Builder,
+    name: str,
+    share: Projection,
+    heads: tuple[int, int] | None,
+    axes: str,
+    *aliases: str,
 ) -> None:
     """What a projection reads and makes."""
     if share.split is None:
@@ -163,4 +181,3 @@ def projection(
     build.add(
         f"{name}.hook_out", share.path, places.projection_output(share, heads), axes, *aliases
     )
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ def load(
     checkpoint_index: int | None = None,
     checkpoint_value: int | None = None,
     **hf_kwargs: Any,
-) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer; the arguments are those of `TransformerBridge.boot_transformers`."""
+) -> tuple[nn.Module, Any, Any]:
+    """Load a model, its tokenizer, and the processor of one that sees or hears.
+
+    The arguments are those of `TransformerBridge.boot_transformers`.
+    """
+    import transformers
     from transformers import AutoConfig, AutoTokenizer
 
     placed = [
@@ -63,7 +68,7 @@ def load(
             if device is None and dtype is None
             else hf_model.to(device=device, dtype=dtype)
         )
-        return model, tokenizer
+        return model, tokenizer, None
     if device is not None:
         device = torch.device(device)
     revision = _revision(name_or_path, revision, checkpoint_index, checkpoint_value)
@@ -94,16 +99,48 @@ def load(
         model = build(config, dtype=dtype or torch.float32, **hf_kwargs)
     if device is not None:
         model = model.to(device)
+    processor = None
+    if _sees_or_hears(model):
+        processor = _load_if_there(transformers.AutoProcessor, name_or_path, hub)
     if tokenizer is None:
+        tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None and getattr(model, "main_input_name", "input_ids") == "input_ids":
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, processor
+
+
+def _sees_or_hears(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "input_ids") != "input_ids" or any(
+        hasattr(getattr(model, "config", None), f"{sense}_config") for sense in ("vision", "audio")
+    )
+
+
+def _load_if_there(kind: Any, name_or_path: str, hub: dict[str, Any]) -> Any:
+    """A processor, or None where the checkpoint has none or a library for it is missing."""
+    try:
+        return kind.from_pretrained(name_or_path, **hub)
+    except (OSError, ValueError, ImportError) as error:
+        warnings.warn(
+            f"{name_or_path} is wrapped without a processor ({str(error)[:200]}); text works, images and "
+            "sound need bridge.processor to be set",
+            stacklevel=4,
+        )
+        return None
 
 
 def _auto_class(config: Any) -> Any:
     """The Auto class that builds a language model of this configuration, most specific first."""
     import transformers
 
-    for name in ("CausalLM", "Seq2SeqLM", "MaskedLM", "ImageTextToText"):
+    for name in (
+        "CausalLM",
+        "Seq2SeqLM",
+        "MaskedLM",
+        "ImageTextToText",
+        "SpeechSeq2Seq",
+        "CTC",
+        "ImageClassification",
+    ):
         auto = getattr(transformers, f"AutoModelFor{name}")
         if type(config) in auto._model_mapping:
             return auto

@@ -19,7 +19,9 @@ from .architecture import Architecture, Tower
 from .cache import SliceInput
 from .config import BridgeConfig, read_config
 from .example import FAILURES, examples
+from .infer import architecture_of
 from .inputs import Inputs, prepare
+from .layers import Layers
 from .listening import Hooks, Listening
 from .points import build_registry
 from .run import (
@@ -30,18 +32,17 @@ from .run import (
     logits_of,
     record_run,
 )
-from .infer import architecture_of
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
 from .trace import first_item
-from .verify import Verification, belongs, verify_run, verify_tower
-from .view import outline
+from .verify import Verification, verify_run, verify_tower
+from .view import belongs, outline
 
 _Self = TypeVar("_Self", bound="TransformerBridge")
 
 
-class TransformerBridge(ModelState, Listening, TextMethods):
+class TransformerBridge(ModelState, Listening, Layers, TextMethods):
     """A Hugging Face model with canonical, named hook points.
 
     Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the
@@ -51,6 +52,8 @@ class TransformerBridge(ModelState, Listening, TextMethods):
     Args:
         model: A loaded transformers model (compiled, quantised or dispatched ones too).
         tokenizer: Its tokenizer; without one, text is refused and token ids work.
+        processor: What turns images or sound into the model's inputs; see `prepare_multimodal_inputs`. Its
+            tokenizer is used unless one is given.
         example: Keywords of the model's forward to tell its parts by. Needed only for models, or towers of
             them, whose input cannot be made up; an input of the real kind is best, a small one is enough.
     Raises:
@@ -66,7 +69,11 @@ class TransformerBridge(ModelState, Listening, TextMethods):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, example: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        processor: Any = None,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -79,12 +86,11 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         self.architecture: Architecture = architecture_of(self._inner, example)
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
-        self._stack = Stack(
-            model, self._inner, self.registry, [block.path for block in self.architecture.blocks]
-        )
+        self._stack = Stack(model, self._inner, self.registry, self.architecture.main)
         embed = self.architecture.main.embed
         self._entry = self._inner if embed is None else self._inner.get_submodule(embed)
-        self.tokenizer = tokenizer
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
         self._given = example
 
     # --- getting one -----------------------------------------------------------------------------
@@ -133,7 +139,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         Raises:
             InputError: Arguments that exclude each other.
         """
-        model, tokenizer = boot.load(
+        model, tokenizer, processor = boot.load(
             os.fspath(model_name),
             hf_config_overrides=hf_config_overrides,
             device=device,
@@ -152,7 +158,7 @@ class TransformerBridge(ModelState, Listening, TextMethods):
             checkpoint_value=checkpoint_value,
             **hf_kwargs,
         )
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, processor)
 
     from_pretrained = boot_transformers
 
@@ -177,10 +183,12 @@ class TransformerBridge(ModelState, Listening, TextMethods):
         return cls(model.to(device=device, dtype=dtype), tokenizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
-        return type(self)(copy.deepcopy(self.original_model, memo), self.tokenizer, self._given)
+        model = copy.deepcopy(self.original_model, memo)
+        return type(self)(model, self.tokenizer, self.processor, self._given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.original_model, self.tokenizer, self._given)
+        given = self.original_model, self.tokenizer, self.processor, self._given
+        return type(self), given
 
     def __repr__(self) -> str:
         c = self.cfg
@@ -192,14 +200,12 @@ class TransformerBridge(ModelState, Listening, TextMethods):
     def __str__(self) -> str:
         unproved = self.architecture.unproved
         note = f"\nread from names alone: {unproved}" if unproved else ""
-        return f"{self!r}{note}\n{outline(self.registry)}"
+        return f"{self!r}{note}\n{outline(self.registry, self.architecture)}"
 
     # --- proving ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def verify(
-        self, tokens: Int[Tensor, "batch pos"] | None = None, **inputs: Any
-    ) -> Verification:
+    def verify(self, tokens: Int[Tensor, "batch pos"] | None = None, **inputs: Any) -> Verification:
         """Check on one run that every name means what it says; ``print(bridge.verify())``.
 
         Towers that this run does not pass (the vision tower of a model run on text) are run by themselves.

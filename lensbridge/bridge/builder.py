@@ -24,6 +24,13 @@ _UNREADABLE = (RuntimeError, IndexError, KeyError, TypeError, AttributeError, Ar
 # Modules that change none of their arguments; norms join them once their formula is known.
 _PURE = (nn.Linear, nn.Embedding, Conv1D)
 
+_FREE = ("batch", "pos", "1", "height", "width")
+"""Axes whose size depends on the input."""
+
+Verdict = tuple[str, str, bool, dict[str, int]]
+"""Why a place cannot carry a point (empty when it can), its layout, whether the value is overwritten later,
+and the sizes of its axes."""
+
 Layout = Callable[[Tap, Rows], Tap]
 
 
@@ -33,7 +40,7 @@ def _as_is(tap: Tap, rows: Rows) -> Tap:
 
 _LAYOUTS: dict[str, Layout] = {
     "": _as_is,
-    "flat": lambda tap, rows: places.unflattened(tap, rows),
+    "flat": places.unflattened,
     "pos first": lambda tap, rows: places.swapped(tap, 0, 1),
     "heads first": lambda tap, rows: places.swapped(tap, 1, 2),
     "one head": lambda tap, rows: places.squeezed(tap, 1),
@@ -108,12 +115,12 @@ class Builder:
         """Make a point, unless the watched run shows that the place cannot carry one."""
         axes = self.axes(axes)
         aliases = self.aliases(name, *extra_aliases)
-        reason, layout, is_volatile = self.verdict(name, path, tap, axes, turn)
+        reason, layout, is_volatile, sizes = self.verdict(name, path, tap, axes, turn)
         if reason:
             self.lacks(reason, name, *extra_aliases)
             return None
         point = HookPoint(name, aliases, axes=axes, is_default=is_default)
-        point.__dict__["is_volatile"] = is_volatile
+        point.__dict__.update(is_volatile=is_volatile, sizes=sizes)
         self.site(path, turn).add(self.laid(tap, layout), point)
         if layout == "flat":
             self.note_rows(point)
@@ -140,9 +147,7 @@ class Builder:
         """A point's familiar names; a decoder's own attention is also its self-attention."""
         found = [*aliases_of(name), *extra]
         if self.tower.prefix == "decoder_":
-            found += [
-                n.replace(".attn.", ".self_attn.") for n in [name, *found] if ".attn." in n
-            ]
+            found += [n.replace(".attn.", ".self_attn.") for n in [name, *found] if ".attn." in n]
         return tuple(found)
 
     def laid(self, tap: Tap, layout: str) -> Tap:
@@ -156,35 +161,44 @@ class Builder:
 
     def verdict(
         self, name: str, path: str, tap: Tap, axes: str, turn: tuple[int, int] | None = None
-    ) -> tuple[str, str, bool]:
-        """Why a place cannot carry a point (empty when it can), its layout, whether it is overwritten later."""
+    ) -> Verdict:
+        """What the watched run says of a place."""
         seen = self.seen
         if seen is None:
-            return self.tower.unproved, "", False
+            return self.tower.unproved, "", False, {}
         if name not in seen.verdicts:
             seen.verdicts[name] = self.judge(seen, path, tap, axes, turn)
         return seen.verdicts[name]
 
     def judge(
         self, seen: Trace, path: str, tap: Tap, axes: str, turn: tuple[int, int] | None
-    ) -> tuple[str, str, bool]:
+    ) -> Verdict:
         call, calls = (self.call, self.calls) if turn is None else turn
         times = len(seen.visits.get(path, ()))
         if times != calls:
             how = "never" if times == 0 else f"{times} times"
-            return f"the model calls {path} {how} in one pass; a name stands for one value", "", False
+            return (
+                f"the model calls {path} {how} in one pass; a name stands for one value",
+                "",
+                False,
+                {},
+            )
         visit = seen.visits[path][call]
         try:
             value = tap.read(Call(self.modules[path], visit.args, visit.kwargs, visit.output))
         except _UNREADABLE as error:
             why = f"what passes there cannot be read as [{axes}]: {type(error).__name__}: {error}"
-            return why, "", False
+            return why, "", False, {}
         if not isinstance(value, Tensor):
-            return f"what passes there is {type(value).__name__}, not [{axes}]", "", False
+            return f"what passes there is {type(value).__name__}, not [{axes}]", "", False, {}
         layout = self.layout(value, axes)
         if layout is None:
-            return f"what passes there is {list(value.shape)}, not [{axes}]", "", False
-        return "", layout, visit.is_overwritten(tap.side)
+            return f"what passes there is {list(value.shape)}, not [{axes}]", "", False, {}
+        self.rows.shape = None if self.shape is None else (self.shape[0], self.shape[1])
+        laid = _LAYOUTS[layout](Tap(tap.side, lambda call: value, tap.write), self.rows).read
+        shape = laid(Call(self.modules[path], (), {})).shape
+        sizes = {a: n for a, n in zip(axes.split(), shape, strict=True) if a not in _FREE}
+        return "", layout, visit.is_overwritten(tap.side), sizes
 
     def layout(self, value: torch.Tensor, axes: str) -> str | None:
         """How a value is laid out against its axes; None when in no known way."""

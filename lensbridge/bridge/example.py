@@ -50,7 +50,9 @@ def examples(model: nn.Module, device: torch.device | str) -> Iterator[dict[str,
             yield from ({**text, "pixel_values": x} for x in _images(model, device))
     if main == "pixel_values" or "pixel_values" in names:
         yield from ({"pixel_values": x} for x in _images(model, device))
-    if main in ("input_features", "input_values") or {"input_features", "input_values"} & set(names):
+    if main in ("input_features", "input_values") or {"input_features", "input_values"} & set(
+        names
+    ):
         yield from ({**sound, **extra} for sound in _sounds(model, names, device))
     if "inputs_embeds" in names:
         width = getattr(config, "hidden_size", None)
@@ -79,11 +81,11 @@ def _images(model: nn.Module, device: torch.device | str) -> Iterator[Tensor]:
         yield torch.ones(ROWS, int(channels), int(height), int(width), device=device)
 
 
-def _sounds(
-    model: nn.Module, names: Any, device: torch.device | str
-) -> Iterator[dict[str, Any]]:
+def _sounds(model: nn.Module, names: Any, device: torch.device | str) -> Iterator[dict[str, Any]]:
     config: Any = model.config
-    config = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
+    config = (
+        getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
+    )
     if "input_values" in names:
         yield {"input_values": torch.ones(ROWS, 1600, device=device)}
     bins = next((v for n in _FEATURES if isinstance(v := getattr(config, n, None), int)), 80)

@@ -31,9 +31,7 @@ _SMALL = 200_000_000
 _KNOWN: dict[tuple[Any, ...], Architecture] = {}
 
 
-def architecture_of(
-    model: nn.Module, example: Mapping[str, Any] | None = None
-) -> Architecture:
+def architecture_of(model: nn.Module, example: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of a model, read off a watched run of its kind.
 
     Remembered for each class, configuration and module tree, so a second model of a kind costs nothing.
@@ -47,8 +45,15 @@ def architecture_of(
     config = text_config(model)  # refuses what is no Hugging Face model
     whole: Any = getattr(model, "config", config)
     names = tuple((path, type(module)) for path, module in model.named_modules())
-    shapes = tuple((name, getattr(value, "shape", value)) for name, value in (example or {}).items())
-    key = (whole.to_json_string(use_diff=False), str(whole._attn_implementation), names, str(shapes))
+    shapes = tuple(
+        (name, getattr(value, "shape", value)) for name, value in (example or {}).items()
+    )
+    key = (
+        whole.to_json_string(use_diff=False),
+        str(whole._attn_implementation),
+        names,
+        str(shapes),
+    )
     if key not in _KNOWN:
         _KNOWN[key] = infer(model, example)
     return _KNOWN[key]
@@ -190,24 +195,24 @@ class _Reader:
             for path in stack.blocks
             for call, visit in enumerate(seen.visits.get(path, ()))
         )
-        blocks = [
+        layers = [
             Layer(self.model, seen, path, inside[path], call).block() for _, path, call in calls
         ]
-        for index in range(len(blocks) - 1):
-            after, here = blocks[index + 1], blocks[index]
+        for index in range(len(layers) - 1):
+            after, here = layers[index + 1], layers[index]
             out = seen.visits[here.path][here.call].terms_out
             if seen.before.get(into(after.path, after.call)) != out:
-                blocks[index] = replace(here, is_chained=False)
+                layers[index] = replace(here, is_chained=False)
         absent: dict[str, str] = {}
-        embed, pos_embed, ln_embed = self.entry(seen, blocks[0], absent)
+        embed, pos_embed, ln_embed = self.entry(seen, layers[0], absent)
         return Tower(
             stack.prefix,
-            tuple(blocks),
+            tuple(layers),
             embed=embed,
             pos_embed=pos_embed,
             rotary=self.rotary(seen, absent),
             ln_embed=ln_embed,
-            ln_final=self.ln_final(seen, blocks, absent),
+            ln_final=self.ln_final(seen, layers, absent),
             absent=absent,
             seen=seen,
         )
@@ -226,10 +231,14 @@ class _Reader:
                 terms = visit.terms_in or {}
         found = [makers[s].path for s in terms if s in makers]
         found = [path for path in found if has_weights(self.model.get_submodule(path))]
-        getter = _path_of(self.model, "get_input_embeddings")
-        embed = getter if self.stack.prefix in ("", "decoder_") or getter in found else None
-        embed = embed or next(iter(found), None)
-        pos = next((p for p in found if p != embed and "type" not in p), None)
+        row = table.row_of(self.model) if self.stack.prefix in ("", "decoder_") else {}
+        getter = row.get("embed") or _path_of(self.model, "get_input_embeddings")
+        ours = self.stack.prefix in ("", "decoder_")
+        own = getter in found or (ours and getter in seen.visits)
+        embed = getter if own else next(iter(found), getter if ours else None)
+        pos = row.get("pos_embed") or next(
+            (p for p in found if p != embed and "type" not in p), None
+        )
         if pos is None:
             absent["pos_embed"] = "no learned position embedding is added to the token embedding"
         if embed is None:
@@ -250,12 +259,17 @@ class _Reader:
         return "norm" in type(self.model.get_submodule(path)).__name__.lower()
 
     def ln_final(self, seen: Trace, blocks: list[Block], absent: dict[str, str]) -> Norm | None:
+        row = table.row_of(self.model) if self.stack.prefix in ("", "decoder_") else {}
+        if "ln_final" in row:
+            return describe_norm(self.model.get_submodule(row["ln_final"]), row["ln_final"])
         last = seen.visits[blocks[-1].path][blocks[-1].call]
         behind = [
             visit
             for visits in seen.visits.values()
             for visit in visits
-            if visit.began > last.ended and visit.terms_in == last.terms_out and self.is_norm(visit.path)
+            if visit.began > last.ended
+            and visit.terms_in == last.terms_out
+            and self.is_norm(visit.path)
         ]
         if not behind:
             absent["ln_final"] = "no norm reads the last layer's output"

@@ -51,7 +51,11 @@ def prepare(
     """
     # The usual case, kept short: plain ids that are already where the model is.
     is_plain = (
-        type(value) is Tensor and value.dtype is torch.long and value.dim() == 2 and not given
+        type(value) is Tensor
+        and value.dtype is torch.long
+        and value.dim() == 2
+        and not given
+        and not is_encoder_decoder(model)
     )
     if (
         is_plain
@@ -61,14 +65,6 @@ def prepare(
         and value.numel()
     ):
         return Inputs({"input_ids": value}, value, None)
-        # The usual case, kept short: plain ids that are already where the model is.
-        if (
-            attention_mask is None
-            and value.device == device
-            and device.type == "cpu"
-            and value.numel()
-        ):
-            return Inputs({"input_ids": value}, value, None)
     check_keywords(model, given)
     if isinstance(value, str) or _is_list_of_text(value):
         if attention_mask is not None:
@@ -78,6 +74,10 @@ def prepare(
         padding = None if bool(mask.all()) else mask
         return _with_mask(model, {"input_ids": ids}, ids, padding, device, given)
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        main = getattr(model, "main_input_name", "input_ids")
+        if main != "input_ids":
+            # Images or sound, where that is what the model is made for.
+            return _with_mask(model, {main: value}, None, attention_mask, device, given)
         if value.dim() != 3:
             raise InputError(
                 f"embeddings have shape [batch, pos, d_model], got {list(value.shape)}"
@@ -126,11 +126,49 @@ def _with_mask(
             and takes_positions(model)
         ):
             kwargs["position_ids"] = positions_from_mask(mask)
+    kwargs = {**kwargs, **given}
+    if is_encoder_decoder(model):
+        ids, mask = _for_decoder(model, kwargs, ids)
     if device is not None:
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
         ids = None if ids is None else ids.to(device)
         mask = None if mask is None else mask.to(device)
-    return Inputs({**kwargs, **given}, ids, mask)
+    return Inputs(kwargs, ids, mask)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model reads one sequence and writes another."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _for_decoder(
+    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Give the decoder its ids - the input's, shifted right, unless the caller brought some; and its mask."""
+    kind: Any = type(model)
+    names, _ = _parameters(kind)
+    brought = {"decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs"} & set(
+        kwargs
+    )
+    if "decoder_input_ids" in names and not brought:
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        start = next(
+            (
+                found
+                for source in (config, text)
+                for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+                if isinstance(found := getattr(source, name, None), int)
+            ),
+            0,
+        )
+        if ids is None:
+            rows = next(len(v) for v in kwargs.values() if isinstance(v, Tensor))
+            kwargs["decoder_input_ids"] = torch.full((rows, 1), start)
+        else:
+            first = torch.full_like(ids[:, :1], start)
+            kwargs["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+    return kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
 
 
 def _has_gap(mask: Tensor) -> bool:
@@ -167,8 +205,8 @@ def takes_positions(model: nn.Module) -> bool:
     kind: Any = type(model)  # to mypy, a class of modules is not hashable
     names, _ = _parameters(kind)
     return "position_ids" in names and not any(
-        hasattr(module, "padding_idx") and hasattr(module, "create_position_ids_from_input_ids")
-        for module in model.modules()
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in path
+        for path, module in model.named_modules()
     )
 
 

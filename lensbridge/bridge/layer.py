@@ -43,9 +43,7 @@ class Layer:
         self.x = into(path, call)
         self.whole = seen.visits[path][call]
         times = len(seen.visits[path])
-        self.visits = [
-            seen.visits[p][call] for p in inside if len(seen.visits[p]) == times
-        ]
+        self.visits = [seen.visits[p][call] for p in inside if len(seen.visits[p]) == times]
         self.at = {visit.path: visit for visit in self.visits}
         self.visits.sort(key=lambda visit: (visit.path.count("."), visit.ended))
         self.norms = [v for v in self.visits if self.is_norm(v)]
@@ -143,9 +141,7 @@ class Layer:
                 )
                 pending = None
             branches += found
-        return Block(
-            self.path, name_parts(branches), call=self.call, ln_out=self.norm(pending)
-        )
+        return Block(self.path, name_parts(branches), call=self.call, ln_out=self.norm(pending))
 
     def loose(self) -> tuple[Branch, ...]:
         """Parts that can be told although the sum cannot: attention, by what happens inside it."""
@@ -278,9 +274,7 @@ def _factors(part: Terms, total: Terms) -> tuple[float, str] | None:
     """The number and the parameters by which a combination is in another; None when it is not."""
     found: set[tuple[float, str]] = set()
     for source, value in part.items():
-        match = next(
-            (s for s in total if s == source or s.startswith(source + TIMES)), None
-        )
+        match = next((s for s in total if s == source or s.startswith(source + TIMES)), None)
         if match is None:
             return None
         found.add((round(total[match] / value, 9), match[len(source) :]))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..hooks import HookPoint, HookRegistry, HookScope, Listener
 from ..hooks.registry import Selection
+from .architecture import Architecture
 from .config import BridgeConfig
 from .view import BlocksView, PartView
 
@@ -19,6 +20,7 @@ class Listening:
     """Hook points and the functions set on them."""
 
     registry: HookRegistry
+    architecture: Architecture
     cfg: BridgeConfig
 
     @property
@@ -62,7 +64,8 @@ class Listening:
     @cached_property
     def blocks(self) -> BlocksView:
         """The layers' points: ``bridge.blocks[0].attn.hook_pattern``."""
-        return BlocksView(self.registry, self.cfg.n_layers)
+        main = self.architecture.main
+        return BlocksView(self.registry, len(main.blocks), f"{main.prefix}blocks")
 
     @property
     def embed(self) -> PartView:

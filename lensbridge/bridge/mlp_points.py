@@ -39,8 +39,12 @@ def layers(build: Builder, name: str, part: Mlp, out_aliases: list[str]) -> None
     else:
         build.lacks("the MLP is not gated", f"{name}.gate.hook_in", f"{name}.gate.hook_out")
     if part.inp is None:
-        why = "experts have their layers inside; see mlp.experts" if part.router else "not recognised"
-        names = [f"{name}.{p}" for p in ("in.hook_in", "in.hook_out", "out.hook_in", "out.hook_out")]
+        why = (
+            "experts have their layers inside; see mlp.experts" if part.router else "not recognised"
+        )
+        names = [
+            f"{name}.{p}" for p in ("in.hook_in", "in.hook_out", "out.hook_in", "out.hook_out")
+        ]
         build.lacks(why, *(names if part.out is None else names[:2]))
     else:
         alias = f"{name}.hook_pre_linear" if part.gate is not None else f"{name}.hook_pre"
@@ -69,7 +73,9 @@ def experts(build: Builder, name: str, part: Mlp, router: str) -> None:
     call = build.visit(part.experts)
     if part.experts is None or call is None:
         build.lacks("the experts are not one module that is called once with choices", *chosen)
-        build.lacks("the experts are not one module", f"{name}.experts.hook_in", f"{name}.experts.hook_out")
+        build.lacks(
+            "the experts are not one module", f"{name}.experts.hook_in", f"{name}.experts.hook_out"
+        )
     else:
         for index, value in list(enumerate(call.args))[1:]:
             _choice(build, chosen, part.experts, index, value)
@@ -94,9 +100,19 @@ def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
     block_name = name.rpartition(".")[0]
     build.add(f"{name}.hook_in", part.path, places.whole_input(), STREAM)
     for layer, path in part.parts:
+        if layer == "gate" and part.gate is not None:
+            continue
         axes = "batch channel pos" if layer == "conv" else "batch pos d_inner"
         if layer != "conv":
             build.add(f"{name}.{layer}.hook_in", path, places.whole_input(), axes)
         build.add(f"{name}.{layer}.hook_out", path, places.whole_output(), axes)
+    if part.gate is not None:
+        tap = places.projection_output(part.gate, None)
+        build.add(f"{name}.gate.hook_out", part.gate.path, tap, "batch pos d_inner")
+    for layer, path in part.silent:
+        why = f"the model uses the weights of {path} without calling it"
+        build.lacks(why, f"{name}.{layer}.hook_in", f"{name}.{layer}.hook_out")
     added = () if branch.ln_post else build.added(f"{block_name}.hook_{branch.name}_out", branch)
-    build.add(f"{name}.hook_out", branch.makes or part.path, places.whole_output(), build.stream, *added)
+    build.add(
+        f"{name}.hook_out", branch.makes or part.path, places.whole_output(), build.stream, *added
+    )

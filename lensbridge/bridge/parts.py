@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import table
-from .architecture import Attention, Branch, Mlp, Mixer, Norm, Part, Projection, Split
+from .architecture import Attention, Branch, Mixer, Mlp, Norm, Part, Projection, Split
 from .norm import describe_norm
 from .trace import Attended, Root, Roots, Trace, Visit, has_weights
 
@@ -164,7 +164,9 @@ class Parts:
         heads, why = self.heads(event, shares["q"])
         if why:
             absent["pattern"] = why
-        times = sum(path in other.within for other in self.seen.attended.values() if other.is_complete)
+        times = sum(
+            path in other.within for other in self.seen.attended.values() if other.is_complete
+        )
         if times > 1 and "pattern" not in absent:
             absent["pattern"] = f"attention happens {times} times in one call of {path}"
         if not event.is_plain:
@@ -293,7 +295,9 @@ class Parts:
                 return describe_norm(self.model.get_submodule(visit.path), visit.path)
         return None
 
-    def is_plain(self, terms: dict[str, float], share: Projection | None, norm: Norm | None) -> bool:
+    def is_plain(
+        self, terms: dict[str, float], share: Projection | None, norm: Norm | None
+    ) -> bool:
         """Whether a tensor is what a projection (or the norm on it) made, up to reshapes and a factor."""
         if len(terms) != 1 or share is None:
             return False
@@ -374,7 +378,11 @@ class Parts:
             if home not in within:
                 continue
             inner = [p for p in within if p.startswith(home + ".") and p in self.at]
-            inner = [p for p in inner if "expert" not in type(self.model.get_submodule(p)).__name__.lower()]
+            inner = [
+                p
+                for p in inner
+                if "expert" not in type(self.model.get_submodule(p)).__name__.lower()
+            ]
             if inner:
                 return inner[-1]
             layers = [p for p in _layers(roots) if p in self.at and p.startswith(home + ".")]
@@ -391,7 +399,8 @@ class Parts:
             (
                 v
                 for v in inside
-                if "shared" in v.path.removeprefix(home) and not self.is_weighted(v.path)
+                if "shared" in v.path.removeprefix(home)
+                and not self.is_weighted(v.path)
                 and "gate" not in v.path.rpartition(".")[2]
             ),
             None,
@@ -425,12 +434,27 @@ class Parts:
     def mixer(self, path: str) -> Mixer:
         """A mixer and its layers."""
         found: list[tuple[str, str]] = []
+        silent: list[tuple[str, str]] = []
+        paths = {p for p, _ in self.model.named_modules() if p.startswith(path + ".")}
         for name, words in table.MIXER_PARTS.items():
-            for word in words:
-                if f"{path}.{word}" in self.at:
-                    found.append((name, f"{path}.{word}"))
-                    break
-        return Mixer(path, tuple(found))
+            full = next((f"{path}.{w}" for w in words if f"{path}.{w}" in paths), None)
+            if full is not None:
+                (found if full in self.at else silent).append((name, full))
+        return Mixer(path, tuple(found), self.mixer_gate(path), tuple(silent))
+
+    def mixer_gate(self, path: str) -> Projection | None:
+        """The share of a joint projection by which the mixed values are multiplied."""
+        for visit in self.order:
+            source = next(iter(visit.terms_in or {}), "")
+            if not visit.path.startswith(path + ".") or source not in self.seen.gated:
+                continue
+            for roots in self.seen.gated[source][1::2]:
+                layers = _layers(roots)
+                if len(layers) == 1 and layers[0].startswith(path + "."):
+                    share = self.share("gate", {"gate": roots}, {"gate": layers})[0]
+                    if share is not None and share.split is not None:
+                        return share
+        return None
 
 
 def name_parts(branches: list[Branch]) -> tuple[Branch, ...]:

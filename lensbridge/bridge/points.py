@@ -64,9 +64,9 @@ def tower(build: Builder, one: Tower) -> None:
     else:
         names3 = [f"{prefix}rotary_emb.hook_{part}" for part in ("in", "cos", "sin")]
         build.lacks(absent.get("rotary_emb") or one.unproved, *names3)
-    for index, part in enumerate(one.blocks):
-        build.enter(one, part)
-        block(build, f"{prefix}blocks.{index}", part)
+    for index, layer in enumerate(one.blocks):
+        build.enter(one, layer)
+        block(build, f"{prefix}blocks.{index}", layer)
     build.enter(one, None)
     names4 = [f"{prefix}ln_final.hook_{part}" for part in _NORM]
     if one.ln_final is not None:
@@ -132,9 +132,9 @@ def _shares(one: Block, index: int) -> bool:
 def _missing(build: Builder, name: str, one: Block) -> None:
     """Say why the names of a plain block are not there."""
     why = one.unproved or f"this layer is {one.kind}"
-    numbers = {
-        f"ln{b.number}" for b in one.branches if b.ln is not None
-    } | {f"ln{b.number}_post" for b in one.branches if b.ln_post is not None}
+    numbers = {f"ln{b.number}" for b in one.branches if b.ln is not None} | {
+        f"ln{b.number}_post" for b in one.branches if b.ln_post is not None
+    }
     for part in ("ln1", "ln1_post", "ln2", "ln2_post"):
         if part not in numbers:
             reason = one.unproved or f"this model's blocks have no {part} (no norm in that place)"
@@ -178,11 +178,13 @@ def between(build: Builder, name: str, one: Block, index: int) -> None:
         return
     point = HookPoint(mid, build.aliases(mid), axes=build.stream)
     span = BranchSpan(point)
-    reason, layout, is_volatile = build.verdict(mid, reader, places.whole_input(), build.stream)
+    reason, layout, is_volatile, sizes = build.verdict(
+        mid, reader, places.whole_input(), build.stream
+    )
     if reason:
         build.lacks(reason, mid)
         return
-    point.__dict__["is_volatile"] = is_volatile
+    point.__dict__.update(is_volatile=is_volatile, sizes=sizes)
     build.site(reader).add(build.laid(span.tap(), layout), point)
     if layout == "flat":
         build.note_rows(point)

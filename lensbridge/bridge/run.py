@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -21,13 +21,12 @@ from ..hooks import (
     LensError,
     Listener,
     Site,
-    Tap,
 )
 from ..hooks.point import attach, discard
 from ..hooks.registry import Selection
+from .architecture import Tower
 from .cache import ActivationCache, SliceInput, pos_dim, take
 from .implementation import is_openable, openable
-from .places import get_output
 
 ReturnType = Literal["logits", "loss", "both", "predictions"]
 RETURN_TYPES = ("logits", "loss", "both", "predictions", None)
@@ -35,6 +34,15 @@ RETURN_TYPES = ("logits", "loss", "both", "predictions", None)
 
 _NOTHING = nullcontext()
 INSIDE_ATTENTION = (".hook_attn_scores", ".hook_pattern", ".hook_rot_q", ".hook_rot_k")
+
+
+def block_kind(tower: Tower) -> tuple[type, int]:
+    """What the layers of a tower return, as the watched run showed it."""
+    visits = (
+        [] if tower.seen is None or not tower.blocks else tower.seen.visits[tower.blocks[0].path]
+    )
+    out = visits[0].output if visits else None
+    return (type(out), len(out)) if isinstance(out, (tuple, list)) else (Tensor, 1)
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error: it carries the answer out of the model
@@ -50,17 +58,18 @@ class Stack:
         model: The callable model (compiled or not).
         inner: The model itself.
         registry: Its points.
-        blocks: Paths of the layers.
+        tower: The tower whose layers they are.
     """
 
     def __init__(
-        self, model: nn.Module, inner: nn.Module, registry: HookRegistry, blocks: Iterable[str]
+        self, model: nn.Module, inner: nn.Module, registry: HookRegistry, tower: Tower
     ) -> None:
         self.model = model
         self.inner = inner
         self.registry = registry
-        self.blocks = [inner.get_submodule(path) for path in blocks]
-        self._block_kind: tuple[type, int] | None = None
+        self.name = f"{tower.prefix}blocks"
+        self.blocks = [inner.get_submodule(block.path) for block in tower.blocks]
+        self.block_kind = block_kind(tower)
 
     def layer(self, layer: int, what: str) -> int:
         """A layer index, negative ones counted from the end; the number of layers means "behind the last"."""
@@ -103,7 +112,7 @@ class Stack:
         """Run up to a layer; gives the residual stream entering it, [batch, pos, d_model]."""
         kwargs = {"use_cache": False, **kwargs} if takes_use_cache(self.inner) else kwargs
         last = layer == len(self.blocks)
-        name = f"blocks.{layer - 1}.hook_out" if last else f"blocks.{layer}.hook_in"
+        name = f"{self.name}.{layer - 1}.hook_out" if last else f"{self.name}.{layer}.hook_in"
         point = self.registry[name]
 
         def stop(tensor: Tensor, hook: HookPoint) -> None:
@@ -129,14 +138,16 @@ class Stack:
         outside its layers are its own.
         """
         if layer == 0:
-            listener = Listener(lambda tensor, hook: residual, self.registry["blocks.0.hook_in"])
+            listener = Listener(
+                lambda tensor, hook: residual, self.registry[f"{self.name}.0.hook_in"]
+            )
             attach([listener], prepend=True)
             try:
                 yield
             finally:
                 discard([listener])
             return
-        kind, length = self._learn_block_kind()
+        kind, length = self.block_kind
 
         def skip(hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
             if kind is Tensor:
@@ -161,37 +172,15 @@ class Stack:
 
     def _mute(self, layer: int) -> list[Site]:
         """Silence the points of skipped layers, and of positions that are added to nothing."""
-        before = [f"blocks.{index}" for index in range(layer)] + ["pos_embed"]
+        before = [f"{self.name}.{i}" for i in range(layer)] + [
+            self.name.replace("blocks", "pos_embed")
+        ]
         names = [f"{part}.hook_{side}" for part in before for side in ("in", "out")]
         points = frozenset(self.registry[name] for name in names if name in self.registry)
         sites = {id(x): x for point in points for x in point.owners if isinstance(x, Site)}
         for site in sites.values():
             site.mute(points)
         return list(sites.values())
-
-    def _learn_block_kind(self) -> tuple[type, int]:
-        """Whether layers return a tensor or a tuple, seen once on a single token."""
-        if self._block_kind is None:
-            seen: list[Any] = []
-            site, point = Site(self.blocks[0]), HookPoint("probe")
-
-            def read(call: Any) -> Tensor:
-                seen.append(call.output)
-                return get_output(call)
-
-            site.add(Tap("output", read, lambda call, value: None), point)
-            embed = self.inner.get_input_embeddings()  # type: ignore[operator]
-            ids = torch.zeros((1, 1), dtype=torch.long, device=embed.weight.device)
-            stop = {"use_cache": False} if takes_use_cache(self.inner) else {}
-            try:
-                with self.registry.silenced(), torch.no_grad(), self._uncompiled():
-                    point.add_hook(lambda tensor, hook: None, observes=True)
-                    self.inner(input_ids=ids, **stop)
-            finally:
-                point.remove_hooks("both")
-            out = seen[0]
-            self._block_kind = (Tensor, 1) if isinstance(out, Tensor) else (type(out), len(out))
-        return self._block_kind
 
     @property
     def _is_compiled(self) -> bool:

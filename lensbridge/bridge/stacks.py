@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """
     row = table.row_of(model)
     if "blocks" in row:
-        found = [Stack(row["blocks"], tuple(_listed(model.get_submodule(row["blocks"]), row["blocks"])))]
+        found = [Stack(row["blocks"], tuple(_rowed(model, row["blocks"])))]
     else:
         found = list(_stacks(model, "", _declared(model), 2))
         found = found or list(_stacks(model, "", frozenset(), 1))  # convolutions, one to a layer
@@ -78,9 +79,7 @@ def _declared(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _stacks(
-    home: nn.Module, path: str, declared: frozenset[str], matrices: int
-) -> Iterator[Stack]:
+def _stacks(home: nn.Module, path: str, declared: frozenset[str], matrices: int) -> Iterator[Stack]:
     for name, child in home.named_children():
         where = f"{path}.{name}" if path else name
         if any(word in name for word in table.NOT_LAYERS):
@@ -93,13 +92,23 @@ def _stacks(
         yield from _stacks(child, where, declared, matrices)
 
 
-def _listed(stack: nn.Module, path: str) -> Iterator[str]:
-    return (f"{path}.{name}" for name, _ in stack.named_children())
+def _rowed(model: nn.Module, where: str) -> Iterator[str]:
+    """The layers a row speaks of: the items of a list, or the modules a glob matches."""
+    paths = [path for path, _ in model.named_modules()]
+    if where in paths:
+        children = model.get_submodule(where).named_children()
+        yield from (f"{where}.{name}" for name, _ in children)
+        return
+    found = [path for path in paths if fnmatch.fnmatchcase(path, where)]
+    found = [path for path in found if path.count(".") == where.count(".")]
+    if not found:
+        raise ArchitectureError(
+            f"the row of {type(model).__name__} says its layers are at {where!r}, where there is nothing"
+        )
+    yield from sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
 
 
-def _layers(
-    stack: nn.Module, path: str, declared: frozenset[str], matrices: int
-) -> Iterator[str]:
+def _layers(stack: nn.Module, path: str, declared: frozenset[str], matrices: int) -> Iterator[str]:
     """The layers in a list of layers or of stages."""
     for name, item in stack.named_children():
         where = f"{path}.{name}"
@@ -160,7 +169,9 @@ def _prefixes(model: nn.Module, found: list[Stack], main: Stack) -> dict[str, st
     taken: dict[str, str] = {}
     for stack in [main, *others]:
         words = [w for w in stack.path.split(".") if not w.isdigit()]
-        own = next((w for w in reversed(words) if w not in table.GENERIC), words[max(-2, -len(words))])
+        own = next(
+            (w for w in reversed(words) if w not in table.GENERIC), words[max(-2, -len(words))]
+        )
         if stack is main:
             prefix = "decoder_" if both_ways else ""
         elif any(word in stack.path for word in table.VISION):

@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..hooks import InputError
+
 VISION = ("vision", "visual", "image", "video", "vit", "pixel", "vq")
 AUDIO = ("audio", "speech", "sound", "wave")
 """Parts of a path that lead to another tower than the text model's."""
 
-GENERIC = ("layer", "layers", "block", "blocks", "h", "encoder", "decoder", "model", "transformer", "backbone")
+GENERIC = (
+    "layer",
+    "layers",
+    "block",
+    "blocks",
+    "h",
+    "encoder",
+    "decoder",
+    "model",
+    "transformer",
+    "backbone",
+)
 """Words of a path that tell no tower from another."""
 
 NOT_LAYERS = ("merger", "upsample", "vqmodel")
@@ -54,12 +67,42 @@ MIXER_PARTS: dict[str, tuple[str, ...]] = {
 }
 """The layers inside a state-space, recurrent or linear-attention module."""
 
-MIXERS = ("mixer", "mamba", "ssm", "linear_attn", "temporal", "conv", "token_mixer", "recurrent", "attention")
+MIXERS = (
+    "mixer",
+    "mamba",
+    "ssm",
+    "linear_attn",
+    "temporal",
+    "conv",
+    "token_mixer",
+    "recurrent",
+    "attention",
+)
 """Parts of a name that say positions are mixed, where the run does not show it (loops over positions)."""
 
+ROLES = ("blocks", "embed", "pos_embed", "ln_final", "unembed")
 ROWS: dict[str, dict[str, str]] = {}
-"""Class name of a model -> role -> path. Roles: ``blocks`` (the list of layers), ``embed``, ``ln_final``,
-``unembed``."""
+"""Class name of a model -> role -> path of the module. ``blocks`` is the list of layers, or a glob over paths
+where they are in none (``"trunk.cell_*"``)."""
+
+
+def add_row(class_name: str, **roles: str) -> None:
+    """Say where parts of a class of models are, for what a watched run cannot tell.
+
+    Args:
+        class_name: Name of the model's class, or of one it derives from.
+        **roles: Path by role: ``blocks``, ``embed``, ``pos_embed``, ``ln_final``, ``unembed``.
+    Raises:
+        InputError: An unknown role.
+
+    Example::
+
+        add_row("CellModelForCausalLM", blocks="trunk.cell_*")
+    """
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown:
+        raise InputError(f"unknown role {unknown[0]!r}; the roles are {', '.join(ROLES)}")
+    ROWS[class_name] = dict(roles)
 
 
 def row_of(model: Any) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..hooks import InputError
 from .config import BridgeConfig
 from .tokens import PaddingSide, Tokens
 
@@ -16,6 +17,7 @@ class TextMethods:
     """Turning text to ids and back."""
 
     cfg: BridgeConfig
+    processor: Any
     _tokens: Tokens
 
     @property
@@ -31,6 +33,35 @@ class TextMethods:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokens = Tokens(tokenizer, self.cfg)
+
+    def prepare_multimodal_inputs(
+        self, text: Any, images: Any = None, audio: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Text with images or sound as keywords for the model: ``bridge(**inputs)``.
+
+        Args:
+            text: A string or a list of strings, with the placeholders the processor expects.
+            images: What the processor takes: PIL images, arrays, tensors.
+            audio: Likewise.
+            **kwargs: Passed to the processor.
+        Returns:
+            Keywords of the model's forward, on its device.
+        Raises:
+            InputError: The bridge has no processor.
+        """
+        if self.processor is None:
+            raise InputError(
+                "there is no processor to turn images or sound into the model's inputs; give one as "
+                "bridge.processor = AutoProcessor.from_pretrained(...)"
+            )
+        given = {"text": text, "images": images, "audio": audio}
+        given = {name: value for name, value in given.items() if value is not None}
+        made = self.processor(**given, **{"return_tensors": "pt", **kwargs})
+        device = self.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and device is not None else value
+            for name, value in made.items()
+        }
 
     def to_tokens(
         self,

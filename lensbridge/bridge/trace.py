@@ -216,8 +216,7 @@ class Trace:
         summands: Ids of the tensors that were added up, scaled on the way or not.
         before: What each layer's input was a combination of, before it became a source of its own.
         answer: The model's first output as a combination of sources.
-        verdicts: Filled as points are built on this run: why a point cannot be, and whether its tensor is
-            overwritten later.
+        verdicts: Filled as points are built on this run: what it says of each place.
     """
 
     visits: dict[str, list[Visit]]
@@ -229,7 +228,7 @@ class Trace:
     summands: frozenset[int]
     before: dict[str, Terms]
     answer: Terms = field(default_factory=dict)
-    verdicts: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    verdicts: dict[str, Any] = field(default_factory=dict)
 
     def one(self, path: str | None) -> Visit | None:
         """The call of a module that was called exactly once."""
@@ -371,8 +370,7 @@ class _Follower(TorchFunctionMode):
             # A view of part of a layer's features: the same part has the same name each time.
             self.name(out, f"{base[1]}[{_features(out, base[0])}]")
         if any(
-            head_of(source)[0] == self.stream
-            for source in (self.known.get(id(out)) or (0, ()))[1]
+            head_of(source)[0] == self.stream for source in (self.known.get(id(out)) or (0, ()))[1]
         ):
             roots = frozenset({Root(self.stream)})
         if changed or _storage(out) not in self.bases:
@@ -414,9 +412,7 @@ class _Follower(TorchFunctionMode):
         if (func in _ADD or func in _SUB) and self.adds_up(left, right):
             self.summands |= {id(left), id(right)}
             sign = 1.0 if func in _ADD else -1.0
-            return _sum(
-                self.terms(left), self.terms(right), sign * float(kwargs.get("alpha") or 1)
-            )
+            return _sum(self.terms(left), self.terms(right), sign * float(kwargs.get("alpha") or 1))
         if func in _MUL or func in _DIV:
             name = self.constants.get(id(right)) if func in _MUL else None
             if name is not None:
@@ -456,7 +452,7 @@ class _Follower(TorchFunctionMode):
         """Recognise attention, fused or written out."""
         if func in _MUL and len(args) > 1 and isinstance(args[1], Tensor):
             left, right = args[0], args[1]
-            if left.shape == right.shape and self.roots(left) and self.roots(right):
+            if left.shape == right.shape and (self.roots(left) or self.roots(right)):
                 sides = self.terms(left), self.roots(left), self.terms(right), self.roots(right)
                 source = next(iter(self.terms(out)))
                 self.gated[source] = (dict(sides[0]), sides[1], dict(sides[2]), sides[3])
@@ -466,7 +462,9 @@ class _Follower(TorchFunctionMode):
                 for i, name in enumerate(("query", "key", "value"))
             )
             square = (*q.shape[:-1], k.shape[-2])
-            made = Attended(self.within(), self.operand(q), self.operand(k), self.operand(v), square, {})
+            made = Attended(
+                self.within(), self.operand(q), self.operand(k), self.operand(v), square, {}
+            )
             self.attend(made, v, out)
         elif func in _SOFTMAX:
             self.softmax(args[0] if args else kwargs["input"], out)
@@ -532,14 +530,12 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _features(
-    tensor: Tensor, whole: Tensor
-) -> tuple[int, tuple[tuple[int, int], ...]] | None:
+def _features(tensor: Tensor, whole: Tensor) -> tuple[int, tuple[tuple[int, int], ...]] | None:
     """Which features (last dimension) of ``whole`` a view of it holds; None for all of them."""
     width = whole.shape[-1]
     if tensor.numel() == whole.numel() or width == 1:
         return None
-    first = (tensor.storage_offset() - whole.storage_offset()) % width
+    first = int(tensor.storage_offset() - whole.storage_offset()) % width
     dims = [
         (size, step)
         for size, step in zip(tensor.shape, tensor.stride(), strict=True)

@@ -17,9 +17,7 @@ from .example import FAILURES, examples
 from .places import bias_of
 from .run import INSIDE_ATTENTION, record_run
 from .trace import first_item
-
-
-_TOWER_PARTS = ("embed", "pos_embed", "ln_embed", "rotary_emb", "blocks", "ln_final")
+from .view import belongs
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,6 @@ def verify_tower(
     return [Check(f"runs alone ({reasons[:1]})", where, float("inf"), 0.0)]
 
 
-def belongs(name: str, tower: Tower) -> bool:
-    """Whether a point is one of a tower's."""
-    part = name.removeprefix(tower.prefix).partition(".")[0]
-    return name.startswith(tower.prefix) and part in _TOWER_PARTS
-
-
 def _run_alone(owner: Any, given: dict[str, Any]) -> Tensor:
     return first_item(owner(**given))
 
@@ -212,7 +204,9 @@ class _Checks:
             mid = f"{here}.hook_resid_mid{index + 1 if index else ''}"
             if branch.place == "after":
                 at = f"{norm}.hook_in"
-                self.near(f"{words} == ln{branch.number}.hook_in (norm after)", here, state, cache[at])
+                self.near(
+                    f"{words} == ln{branch.number}.hook_in (norm after)", here, state, cache[at]
+                )
                 state, words = cache[f"{norm}.hook_out"], f"ln{branch.number}.hook_out"
             elif index + 1 < len(block.branches) and mid in cache:
                 self.near(f"{words} == {mid.rpartition('hook_')[2]}", here, state, cache[mid])

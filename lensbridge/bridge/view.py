@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ..hooks import HookPoint, HookRegistry, LayerRangeError
+from .architecture import Architecture, Tower
+
+_TOWER_PARTS = ("embed", "pos_embed", "ln_embed", "rotary_emb", "blocks", "ln_final")
+
+
+def belongs(name: str, tower: Tower) -> bool:
+    """Whether a point is one of a tower's."""
+    part = name.removeprefix(tower.prefix).partition(".")[0]
+    return name.startswith(tower.prefix) and part in _TOWER_PARTS
 
 
 class PartView:
@@ -42,33 +52,110 @@ class PartView:
 
 
 class BlocksView:
-    """The layers: ``bridge.blocks[0]``, ``len(bridge.blocks)``, iteration."""
+    """The layers of a tower: ``bridge.blocks[0]``, ``len(bridge.blocks)``, iteration.
 
-    def __init__(self, registry: HookRegistry, count: int) -> None:
+    Args:
+        registry: All points.
+        count: How many layers there are.
+        name: What their names begin with.
+    """
+
+    def __init__(self, registry: HookRegistry, count: int, name: str = "blocks") -> None:
         self._registry = registry
         self._count = count
+        self._name = name
 
     def __len__(self) -> int:
         return self._count
 
+    def index(self, layer: int) -> int:
+        """A layer index, negative ones counted from the end."""
+        if not isinstance(layer, int) or not -self._count <= layer < self._count:
+            raise LayerRangeError(f"layer {layer} is not one of this model's {self._count} layers")
+        return layer % self._count
+
     def __getitem__(self, index: int) -> PartView:
-        if not -self._count <= index < self._count:
-            raise LayerRangeError(f"layer {index} is not one of this model's {self._count} layers")
-        return PartView(self._registry, f"blocks.{index % self._count}")
+        return PartView(self._registry, f"{self._name}.{self.index(index)}")
 
     def __iter__(self) -> Iterator[PartView]:
         return (self[index] for index in range(self._count))
 
 
-def outline(registry: HookRegistry, layer: int = 0) -> str:
-    """Every point with its axes and aliases, one layer standing for all."""
+def blocks_of(registry: HookRegistry, name: str) -> BlocksView:
+    """The layers whose points begin with a name (``"vision_blocks"``)."""
+    layers = {n.split(".")[1] for n in registry if n.startswith(f"{name}.")}
+    return BlocksView(registry, len(layers), name)
+
+
+def outline(registry: HookRegistry, architecture: Architecture) -> str:
+    """A model as a tree: points with axes and aliases, one layer for each kind, and what is absent."""
     lines: list[str] = []
-    for name, point in registry.items():
-        parts = name.split(".")
-        if parts[0] == "blocks" and parts[1] != str(layer):
-            continue
-        shown = name.replace(f"blocks.{layer}.", "blocks.{i}.")
-        names = [alias.replace(f"blocks.{layer}.", "") for alias in point.aliases]
-        also = f"  = {', '.join(names)}" if names else ""
-        lines.append(f"{shown:<40} [{point.axes}]{also}")
+    for tower in architecture.towers:
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for index in range(len(tower.blocks)):
+            kinds.setdefault(_templates(registry, f"{tower.prefix}blocks.{index}."), []).append(
+                index
+            )
+        shown = {f"{tower.prefix}blocks.{found[0]}": found for found in kinds.values()}
+        lines += _tower(registry, tower, shown)
+    lines += [_line(p, n, "") for n, p in registry.items() if n.startswith("unembed.")]
+    lines += _absent(registry, architecture)
     return "\n".join(lines)
+
+
+def _templates(registry: HookRegistry, start: str) -> tuple[str, ...]:
+    return tuple(name.removeprefix(start) for name in registry if name.startswith(start))
+
+
+def _tower(registry: HookRegistry, tower: Tower, shown: dict[str, list[int]]) -> Iterator[str]:
+    at = ""
+    for name, point in registry.items():
+        if not belongs(name, tower):
+            continue
+        words = name.removeprefix(tower.prefix).split(".")
+        block = f"{tower.prefix}blocks.{words[1]}"
+        if words[0] == "blocks":
+            if block not in shown:
+                continue
+            if block != at:
+                at = block
+                which = ", ".join(map(str, shown[block]))
+                yield f"{tower.prefix}blocks.{{{which}}}: {tower.blocks[shown[block][0]].kind}"
+            yield _line(point, name.removeprefix(block + "."), "  ", block)
+        else:
+            yield _line(point, name, "")
+    if tower.unproved:
+        yield f"{tower.prefix}blocks: no points; {tower.unproved}"
+
+
+def _line(point: HookPoint, name: str, indent: str, block: str = "") -> str:
+    also = (
+        f"  = {', '.join(a.removeprefix(block + '.') for a in point.aliases)}"
+        if point.aliases
+        else ""
+    )
+    return f"{indent}{name:<{38 - len(indent)}} [{shape(point)}]{also}"
+
+
+def shape(point: HookPoint) -> str:
+    """A point's axes with their known sizes: ``batch pos head=12 d_head=64``."""
+    sizes = point.sizes
+    return " ".join(
+        f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in point.axes.split()
+    )
+
+
+def _absent(registry: HookRegistry, architecture: Architecture) -> Iterator[str]:
+    """Why the main tower's first layers lack what they lack, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    start = f"{architecture.main.prefix}blocks.0."
+    for name, reason in registry.absent.items():
+        if name.startswith(start) or not re.search(r"blocks\.\d", name):
+            names = reasons.setdefault(reason, [])
+            part = name.removeprefix(start).rpartition(".")[0] or name.removeprefix(start)
+            if part not in names:
+                names.append(part)
+    if reasons:
+        yield "absent:"
+    for reason, names in reasons.items():
+        yield f"  {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}: {reason}"

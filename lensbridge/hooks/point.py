@@ -121,6 +121,7 @@ class HookPoint(nn.Module):
             live=set(),
             n_edits=0,
             is_volatile=False,
+            sizes={},
         )
 
     name: str | None
@@ -135,6 +136,7 @@ class HookPoint(nn.Module):
     is_volatile: (
         bool  # the model goes on to change the tensor in place: keep a copy, not a reference
     )
+    sizes: dict[str, int]  # of the axes whose size does not depend on the input
     n_edits: int  # listeners that may change the value or need its gradient
 
     def __repr__(self) -> str:

@@ -254,7 +254,10 @@ class HookRegistry(Mapping[str, HookPoint]):
             if not _GLOB.intersection(item):
                 return [self[item]]
             if self._extra is not None and self._extra.knows(item):
-                return [self._make(self._extra, name) for name in self._extra.names(glob_of(item).fullmatch)]
+                return [
+                    self._make(self._extra, name)
+                    for name in self._extra.names(glob_of(item).fullmatch)
+                ]
             matches: Callable[[str], Any] = glob_of(item).fullmatch
         elif isinstance(item, re.Pattern):
             matches = item.search
