@@ -32,10 +32,10 @@ from .run import (
     logits_of,
     record_run,
 )
+from .seen import first_item
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
-from .trace import first_item
 from .verify import Verification, verify_run, verify_tower
 from .view import belongs, outline
 

@@ -15,7 +15,7 @@ from . import places
 from .architecture import Architecture, Block, Branch, Norm, Tower
 from .example import LENGTH, ROWS
 from .places import Rows
-from .trace import Trace, Visit
+from .seen import Trace, Visit
 
 STREAM = "batch pos d_model"
 IDS = "batch pos"
@@ -173,6 +173,7 @@ class Builder:
     def judge(
         self, seen: Trace, path: str, tap: Tap, axes: str, turn: tuple[int, int] | None
     ) -> Verdict:
+        """Judge a place by the call the run made of it."""
         call, calls = (self.call, self.calls) if turn is None else turn
         times = len(seen.visits.get(path, ()))
         if times != calls:

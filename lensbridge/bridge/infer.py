@@ -22,8 +22,9 @@ from .architecture import Architecture, Block, Norm, Tower
 from .example import FAILURES, examples
 from .layer import Layer
 from .norm import describe_norm
+from .seen import Trace, Visit, has_weights, into
 from .stacks import Stack, find_stacks, text_config
-from .trace import Trace, Visit, has_weights, into, trace
+from .trace import trace
 
 _SMALL = 200_000_000
 """Parameters up to which a twin with numbers is made."""
@@ -87,7 +88,7 @@ def infer(model: nn.Module, example: Mapping[str, Any] | None = None) -> Archite
     return Architecture(main, tuple(towers), unembed, scale, projectors, absent)
 
 
-# --- running --------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------
 
 
 def _watch(
@@ -162,7 +163,7 @@ def _owners(path: str) -> Iterator[str]:
         yield path
 
 
-# --- reading --------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 class _Reader:

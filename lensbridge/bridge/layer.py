@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .architecture import Block, Branch, Norm
 from .norm import describe_norm
 from .parts import Parts, name_parts
-from .trace import BIAS, TIMES, Terms, Trace, Visit, has_weights, head_of, into
+from .seen import BIAS, TIMES, Terms, Trace, Visit, has_weights, head_of, into
 
 _STEPS = 16
 
@@ -54,7 +54,7 @@ class Layer:
     # --- the stream ------------------------------------------------------------------------------
 
     def is_norm(self, visit: Visit) -> bool:
-        """Whether a call is a norm's (or a layer scale's): no matrix inside, same shape out, another value."""
+        """Whether a call is a norm's or a layer scale's: no matrix inside, same shape, another value."""
         module = self.model.get_submodule(visit.path)
         entering, value = visit.entering, visit.value
         if not isinstance(entering, Tensor) or not isinstance(value, Tensor):
@@ -220,6 +220,7 @@ class Layer:
         return sorted(found, key=lambda visit: visit.ended), rest
 
     def has_parameters(self, visit: Visit) -> bool:
+        """Whether a module has anything of its own."""
         return next(self.model.get_submodule(visit.path).parameters(), None) is not None
 
     def branch(self, visit: Visit) -> tuple[Branch, Terms | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import table
-from .architecture import Attention, Branch, Mixer, Mlp, Norm, Part, Projection, Split
+from .architecture import Attention, Branch, Mixer, Mlp, Norm, Part, Projection
 from .norm import describe_norm
-from .trace import Attended, Root, Roots, Trace, Visit, has_weights
+from .seen import Attended, Roots, Trace, Visit, has_weights
+from .shares import held_by, share_of
 
 _BATCH = 2
 """Rows of the watched run."""
@@ -69,6 +69,7 @@ class Parts:
         return mlp, [*entries, *self.calls(mlp.path)]
 
     def calls(self, path: str | None) -> list[Visit]:
+        """The call of a module, if it made one."""
         return [self.at[path]] if path in self.at else []
 
     def exit(self, makes: Visit) -> Visit:
@@ -114,9 +115,11 @@ class Parts:
         return {m for m in members if m in self.at}, events
 
     def is_weighted(self, path: str) -> bool:
+        """Whether a module is a layer with weights of its own."""
         return has_weights(self.model.get_submodule(path))
 
     def is_inside(self, path: str, home: str) -> bool:
+        """Whether a path is a layer with weights inside a module."""
         return path.startswith(home + ".") and self.is_weighted(path)
 
     def around(self, members: set[str]) -> str | None:
@@ -268,12 +271,13 @@ class Parts:
             return None, f"{path} returns no tensor"
         width = value.shape[-1]
         others = {r: roots for r, roots in roles.items() if path in paths[r]}
-        held = {r: _held(roots, path, width) for r, roots in others.items()}
+        held = {r: held_by(roots, path, width) for r, roots in others.items()}
         if bool(held[role].all()) and len(held) == 1:
             return Projection(path), ""
-        return _share(path, width, role, held)
+        return share_of(path, width, role, held)
 
     def width(self, projection: Projection | None) -> int | None:
+        """How many features a projection makes."""
         if projection is None:
             return None
         if projection.split is not None:
@@ -310,6 +314,7 @@ class Parts:
     def is_direct(
         self, o: Visit | None, events: list[str], event: Attended, v: Projection | None
     ) -> bool:
+        """Whether pattern times v, as projected, is what the output projection reads."""
         if o is None or v is None or len(events) != 1 or not event.is_complete:
             return False
         into = o.terms_in or {}
@@ -354,7 +359,7 @@ class Parts:
         if layers != _layers(right) or len(layers) != 1 or layers[0] not in self.at:
             return not _layers(left) or not _layers(right)
         width = self.at[layers[0]].value.shape[-1]
-        held = [_held(roots, layers[0], width) for roots in (left, right)]
+        held = [held_by(roots, layers[0], width) for roots in (left, right)]
         return bool((held[0] & held[1]).any())
 
     def is_layers_own(self, terms: dict[str, float]) -> bool:
@@ -414,6 +419,7 @@ class Parts:
         )
 
     def scored(self, router: str) -> int | None:
+        """How many experts a router scores."""
         module: Any = self.model.get_submodule(router)
         for part in module.modules():
             for name in ("weight", "kernel"):
@@ -489,73 +495,9 @@ def _layers(roots: Roots) -> list[str]:
     return sorted(name for name in names if not name.startswith(special))
 
 
-def _held(roots: Roots, path: str, width: int) -> Tensor:
-    """A mask over the features of a layer that some roots speak of."""
-    held = torch.zeros(width, dtype=torch.bool)
-    for root in roots:
-        if root.path != path:
-            continue
-        if root.features is None:
-            held[:] = True
-            continue
-        start, dims = root.features
-        index = torch.tensor([start])
-        for size, step in dims:
-            index = (index[:, None] + torch.arange(size) * step).flatten()
-        held[index % width] = True
-    return held
-
-
-def _share(
-    path: str, width: int, role: str, held: dict[str, Tensor]
-) -> tuple[Projection | None, str]:
-    """The stretches a role has in a joint output, as groups of equal layout."""
-    runs = {r: _runs(mask) for r, mask in held.items()}
-    count = math.gcd(*(len(found) for found in runs.values()))
-    for groups in [len(runs[role]), count, 1]:
-        layout = _layout(runs, width, groups)
-        if layout is not None:
-            edges, places = layout
-            sizes = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
-            return Projection(path, Split(groups, sizes), edges.index(places[role])), ""
-    return None, f"the features of {path} that make {role} lie in no regular order"
-
-
-def _layout(
-    runs: dict[str, list[tuple[int, int]]], width: int, groups: int
-) -> tuple[list[int], dict[str, int]] | None:
-    """Edges of the stretches within a group, and where each role's begins."""
-    if groups < 1 or width % groups:
-        return None
-    step = width // groups
-    edges = {0, step}
-    places: dict[str, int] = {}
-    for role, found in runs.items():
-        if len(found) != groups:
-            return None
-        start, size = found[0]
-        if start + size > step or found != [(start + i * step, size) for i in range(groups)]:
-            return None
-        edges |= {start, start + size}
-        places[role] = start
-    return sorted(edges), places
-
-
-def _runs(mask: Tensor) -> list[tuple[int, int]]:
-    """(first, length) of every run of true values."""
-    padded = torch.nn.functional.pad(mask.int(), (1, 1))
-    change = padded.diff()
-    starts = (change == 1).nonzero().flatten().tolist()
-    ends = (change == -1).nonzero().flatten().tolist()
-    return [(a, b - a) for a, b in zip(starts, ends, strict=True)]
-
-
 def _choices(visit: Visit) -> int | None:
     """Which argument of a call is whole numbers, one row a token: the chosen experts."""
     for index, value in enumerate(visit.args[1:], 1):
         if isinstance(value, Tensor) and value.dtype in (torch.long, torch.int):
             return index
     return None
-
-
-__all__ = ["Parts", "Root", "name_parts"]

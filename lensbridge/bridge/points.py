@@ -95,7 +95,7 @@ def head(build: Builder) -> None:
         build.lacks(a.absent.get("unembed", "no head"), "unembed.hook_in", "unembed.hook_out")
 
 
-# --- a block --------------------------------------------------------------------------------------------------
+# --- a block ----------------------------------------------------------------------------------
 
 
 def block(build: Builder, name: str, one: Block) -> None:

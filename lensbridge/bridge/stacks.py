@@ -12,7 +12,7 @@ from torch import nn
 
 from ..hooks import ArchitectureError
 from . import table
-from .trace import has_weights
+from .seen import has_weights
 
 
 @dataclass(frozen=True)

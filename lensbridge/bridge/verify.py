@@ -16,7 +16,7 @@ from .cache import ActivationCache
 from .example import FAILURES, examples
 from .places import bias_of
 from .run import INSIDE_ATTENTION, record_run
-from .trace import first_item
+from .seen import first_item
 from .view import belongs
 
 
