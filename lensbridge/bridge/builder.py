@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -167,11 +168,17 @@ class Builder:
         if seen is None:
             return self.tower.unproved, "", False, {}
         if name not in seen.verdicts:
-            seen.verdicts[name] = self.judge(seen, path, tap, axes, turn)
+            seen.verdicts[name] = self.judge(seen, name, path, tap, axes, turn)
         return seen.verdicts[name]
 
     def judge(
-        self, seen: Trace, path: str, tap: Tap, axes: str, turn: tuple[int, int] | None
+        self,
+        seen: Trace,
+        name: str,
+        path: str,
+        tap: Tap,
+        axes: str,
+        turn: tuple[int, int] | None,
     ) -> Verdict:
         """Judge a place by the call the run made of it."""
         call, calls = (self.call, self.calls) if turn is None else turn
@@ -185,21 +192,32 @@ class Builder:
                 {},
             )
         visit = seen.visits[path][call]
+        is_volatile = visit.is_overwritten(tap.side)
+        # Layers of a kind are judged once.
+        shapes = [getattr(x, "shape", None) for x in (visit.entering, visit.value)]
+        key = re.sub(r"\d+", "#", name), axes, *shapes, self.size
+        if key not in seen.verdicts:
+            seen.verdicts[key] = self.read(visit, path, tap, axes)
+        reason, layout, sizes = seen.verdicts[key]
+        return reason, layout, is_volatile, sizes
+
+    def read(self, visit: Visit, path: str, tap: Tap, axes: str) -> tuple[str, str, dict[str, int]]:
+        """Try a tap on a call: why it cannot be read, or its layout and sizes."""
         try:
             value = tap.read(Call(self.modules[path], visit.args, visit.kwargs, visit.output))
         except _UNREADABLE as error:
             why = f"what passes there cannot be read as [{axes}]: {type(error).__name__}: {error}"
-            return why, "", False, {}
+            return why, "", {}
         if not isinstance(value, Tensor):
-            return f"what passes there is {type(value).__name__}, not [{axes}]", "", False, {}
+            return f"what passes there is {type(value).__name__}, not [{axes}]", "", {}
         layout = self.layout(value, axes)
         if layout is None:
-            return f"what passes there is {list(value.shape)}, not [{axes}]", "", False, {}
+            return f"what passes there is {list(value.shape)}, not [{axes}]", "", {}
         self.rows.shape = None if self.shape is None else (self.shape[0], self.shape[1])
         laid = _LAYOUTS[layout](Tap(tap.side, lambda call: value, tap.write), self.rows).read
         shape = laid(Call(self.modules[path], (), {})).shape
         sizes = {a: n for a, n in zip(axes.split(), shape, strict=True) if a not in _FREE}
-        return "", layout, visit.is_overwritten(tap.side), sizes
+        return "", layout, sizes
 
     def layout(self, value: torch.Tensor, axes: str) -> str | None:
         """How a value is laid out against its axes; None when in no known way."""

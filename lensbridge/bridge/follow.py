@@ -77,6 +77,19 @@ _PRODUCT = _MATMUL | _ADDING_MATMUL | {torch.einsum}
 _DROPOUT = {F.dropout, torch.dropout}
 _TOPK = {torch.topk, Tensor.topk}
 _ASKS = {Tensor.__bool__, Tensor.__contains__}
+_SAME_SHAPE = {
+    F.layer_norm,
+    F.rms_norm,
+    F.gelu,
+    F.silu,
+    torch.tanh,
+    torch.rsqrt,
+    Tensor.neg,
+    torch.pow,
+    Tensor.pow,
+    Tensor.__pow__,
+}
+_BINARY = {torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__}
 _COPIED_INTO = {Tensor.copy_, Tensor.__setitem__}
 _FRESH = {
     Tensor.new_empty,
@@ -205,7 +218,9 @@ class Follower(TorchFunctionMode):
         elif func in _COPIED_INTO:
             target = args[0]
             self.filled[_storage(target)] = (target, self.roots(target) | roots)
-        out = func(*args, **kwargs)
+        out = _shape_only(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             if func in _EXPANDS and id(args[0]) in self.constants:
                 self.name(out, f"{BIAS}{self.constants[id(args[0])]}")
@@ -395,6 +410,33 @@ class Follower(TorchFunctionMode):
         )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
+
+
+def _shape_only(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """What an operation gives on the meta device, where that is clear from the shapes; None where it is not.
+
+    PyTorch finds out by decomposing the operation in Python, a hundred times slower.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.device.type != "meta" or not x.is_floating_point():
+        return None
+    if func is F.scaled_dot_product_attention and len(args) >= 3:
+        return x.new_empty((*x.shape[:-1], args[2].shape[-1]))
+    if func in _SAME_SHAPE and not kwargs.get("inplace"):
+        return torch.empty_like(x)
+    if func in _BINARY and len(args) == 2:
+        other = args[1]
+        if isinstance(other, float):
+            return torch.empty_like(x)
+        if isinstance(other, Tensor) and other.dtype == x.dtype and other.device == x.device:
+            if other.shape == x.shape:
+                return torch.empty_like(x)
+            return x.new_empty(torch.broadcast_shapes(x.shape, other.shape))
+    if func is torch.addmm and len(args) == 3 and not kwargs:
+        return x.new_empty((args[1].shape[0], args[2].shape[1]))
+    return None
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:

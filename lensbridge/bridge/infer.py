@@ -8,7 +8,7 @@ what the run does not show is absent, with the reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import table
 from .architecture import Architecture, Block, Norm, Tower
@@ -138,10 +139,28 @@ def _inputs(
 
 def _twin(model: nn.Module, device: str) -> nn.Module:
     config = copy.deepcopy(model.config)
-    with torch.random.fork_rng([]), torch.device(device):
+    with torch.random.fork_rng([]), torch.device(device), _Blank():
         kind: Any = type(model)
         twin = kind._from_config(config)
     return twin.eval()
+
+
+class _Blank(TorchFunctionMode):
+    """Lets nothing be drawn for weights that hold no numbers; PyTorch takes its time over that."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
+            tensor = args[0] if args else kwargs.get("tensor")
+            if tensor is not None and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _alone(model: nn.Module, stack: Stack) -> Tower | None:

@@ -234,7 +234,8 @@ def unflattened(tap: Tap, rows: Rows) -> Tap:
 
 def swapped(tap: Tap, first: int, second: int) -> Tap:
     """Two axes the other way round."""
-    return through(tap, lambda x: x.transpose(first, second), lambda x: x.transpose(first, second))
+    back = lambda x: x.transpose(first, second).contiguous()  # noqa: E731 - models view what they made
+    return through(tap, lambda x: x.transpose(first, second), back)
 
 
 def squeezed(tap: Tap, axis: int) -> Tap:
