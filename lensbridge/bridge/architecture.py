@@ -189,6 +189,7 @@ class Block:
         branches: What it adds to the stream, in order.
         call: Which call of the module, where a model runs one layer several times.
         ln_out: Norm on the stream behind everything.
+        inner: Attention inside a branch, which adds nothing to the stream by itself.
         is_chained: Whether it hands its output to the next layer as it is.
         unproved: Why its output is not known to be its input plus its branches; empty when that was shown.
     """
@@ -197,12 +198,14 @@ class Block:
     branches: tuple[Branch, ...] = ()
     call: int = 0
     ln_out: Norm | None = None
+    inner: tuple[Branch, ...] = ()
     is_chained: bool = True
     unproved: str = ""
 
     def branch(self, name: str) -> Branch | None:
         """The branch of that name."""
-        return next((branch for branch in self.branches if branch.name == name), None)
+        every = (*self.branches, *self.inner)
+        return next((branch for branch in every if branch.name == name), None)
 
     @property
     def attn(self) -> Attention | None:

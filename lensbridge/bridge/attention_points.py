@@ -23,7 +23,10 @@ def _widths(attn: Attention) -> dict[str, tuple[int, int]]:
 def attention(build: Builder, name: str, branch: Branch, attn: Attention) -> None:
     """Projections, the inside, the output projection."""
     block_name = name.rpartition(".")[0]
-    build.add(f"{name}.hook_in", attn.path, places.whole_input(), STREAM)
+    if build.block is not None and attn.path == build.block.path:
+        build.lacks(attn.absent["pattern"], f"{name}.hook_in")
+    else:
+        build.add(f"{name}.hook_in", attn.path, places.whole_input(), STREAM)
     for part, shares in zip(_PARTS, (attn.q, attn.k, attn.v), strict=True):
         head = "head" if part == "q" else "kv_head"
         ends = f"{name}.{part}.hook_in", f"{name}.{part}.hook_out"

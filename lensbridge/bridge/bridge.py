@@ -192,14 +192,18 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
 
     def __repr__(self) -> str:
         c = self.cfg
-        sizes = (
-            f"{c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads, vocabulary {c.d_vocab}"
+        known = (
+            f"{c.n_layers} layers",
+            c.d_model and f"d_model {c.d_model}",
+            c.n_heads and f"{c.n_heads} heads",
+            c.d_vocab and f"vocabulary {c.d_vocab}",
         )
+        sizes = ", ".join(text for text in known if text)
         return f"TransformerBridge({c.architecture}: {sizes}; {len(self.registry)} hook points)"
 
     def __str__(self) -> str:
         unproved = self.architecture.unproved
-        note = f"\nread from names alone: {unproved}" if unproved else ""
+        note = f"\nnot watched: {unproved}" if unproved else ""
         return f"{self!r}{note}\n{outline(self.registry, self.architecture)}"
 
     # --- proving ---------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ class Builder:
         axes: str,
         *extra_aliases: str,
         is_default: bool = True,
+        is_index: bool = False,
         turn: tuple[int, int] | None = None,
     ) -> HookPoint | None:
         """Make a point, unless the watched run shows that the place cannot carry one."""
@@ -121,7 +122,8 @@ class Builder:
             self.lacks(reason, name, *extra_aliases)
             return None
         point = HookPoint(name, aliases, axes=axes, is_default=is_default)
-        point.__dict__.update(is_volatile=is_volatile, sizes=sizes)
+        is_index = is_index or axes in (IDS, "pos")
+        point.__dict__.update(is_volatile=is_volatile, sizes=sizes, is_index=is_index)
         self.site(path, turn).add(self.laid(tap, layout), point)
         if layout == "flat":
             self.note_rows(point)
@@ -195,7 +197,7 @@ class Builder:
         is_volatile = visit.is_overwritten(tap.side)
         # Layers of a kind are judged once.
         shapes = [getattr(x, "shape", None) for x in (visit.entering, visit.value)]
-        key = re.sub(r"\d+", "#", name), axes, *shapes, self.size
+        key = str((re.sub(r"\d+", "#", name), axes, *shapes, self.size))
         if key not in seen.verdicts:
             seen.verdicts[key] = self.read(visit, path, tap, axes)
         reason, layout, sizes = seen.verdicts[key]
@@ -240,9 +242,11 @@ class Builder:
             return "one head"
         return None
 
-    def norm(self, name: str, one: Norm, axes: str, *out_aliases: str) -> None:
+    def norm(
+        self, name: str, one: Norm, axes: str, *out_aliases: str, in_aliases: tuple[str, ...] = ()
+    ) -> None:
         """A norm and the two values inside it."""
-        self.add(f"{name}.hook_in", one.path, places.whole_input(), axes)
+        self.add(f"{name}.hook_in", one.path, places.whole_input(), axes, *in_aliases)
         if one.is_open:
             narrow = axes.rsplit(" ", 1)[0] + " 1"
             self.add(f"{name}.hook_scale", one.path, places.norm_scale(one), narrow)

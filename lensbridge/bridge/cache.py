@@ -95,12 +95,16 @@ class ActivationCache(Mapping[str, Tensor]):
             name, layer, part = (*key, None, None)[:3]
             if layer is not None:
                 layer = self._layer(layer)
-            return act_name(name, layer, part)
+            full = act_name(name, layer, part)
+            main = self.registry.layers
+            return f"{main}{full[6:]}" if full.startswith("blocks.") else full
         raise InputError(f"a cache key is a name or (name, layer[, part]), got {key!r}")
 
     def _from_shorthand(self, key: str) -> str:
         try:
-            return act_name(key)
+            full = act_name(key)
+            main = self.registry.layers
+            return f"{main}{full[6:]}" if full.startswith("blocks.") and full != key else full
         except InputError:
             return key  # let the registry suggest names
 
@@ -108,7 +112,12 @@ class ActivationCache(Mapping[str, Tensor]):
         if not isinstance(layer, int):
             raise InputError(f"a layer is an int, got {layer!r}")
         count = 1 + max(
-            (p.layer() for n, p in self.registry.items() if n.startswith("blocks.")), default=-1
+            (
+                p.layer()
+                for n, p in self.registry.items()
+                if n.startswith(f"{self.registry.layers}.")
+            ),
+            default=-1,
         )
         if not -count <= layer < count:
             raise LayerRangeError(

@@ -69,6 +69,8 @@ _SAME = {
 }
 _CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
 _EXPANDS = {Tensor.expand, Tensor.expand_as}
+_FILLED = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_}
+_BOUNDED = {torch.clamp, Tensor.clamp, Tensor.clamp_}
 _GROWS = {Tensor.expand, Tensor.repeat_interleave, torch.repeat_interleave}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -129,7 +131,7 @@ class Follower(TorchFunctionMode):
         # Tensors are kept beside what is known of them: an id is only good while its object lives.
         self.known: dict[int, tuple[Tensor, Terms]] = {}
         self.rooted: dict[int, tuple[Tensor, Roots]] = {}
-        self.bases: dict[int, tuple[Tensor, str]] = {}
+        self.bases: dict[int, tuple[Tensor, str, str]] = {}
         self.products: dict[str, tuple[Operand, Operand, bool]] = {}
         self.patterns: dict[str, Attended] = {}
         self.stack: list[Visit] = []
@@ -184,10 +186,10 @@ class Follower(TorchFunctionMode):
         self.bases.pop(_storage(tensor), None)
         self.rooted[id(tensor)] = (tensor, roots)
 
-    def base(self, tensor: Tensor, path: str) -> None:
-        """A layer with weights made this tensor."""
+    def base(self, tensor: Tensor, path: str, label: str = "") -> None:
+        """A layer with weights made this tensor (or, with another label, the features of it)."""
         if tensor.dim() and tensor.stride(-1) == 1:
-            self.bases[_storage(tensor)] = (tensor, path)
+            self.bases[_storage(tensor)] = (tensor, path, label or path)
         else:
             self.root(tensor, frozenset({Root(path)}))
 
@@ -222,17 +224,22 @@ class Follower(TorchFunctionMode):
         if out is None:
             out = func(*args, **kwargs)
         if isinstance(out, Tensor):
+            if func in _BOUNDED and len(roots) == 1 and out.shape == args[0].shape:
+                # Feature by feature, so they keep their places; but not their values.
+                root = next(iter(roots))
+                if root.features is None and _storage(args[0]) in self.bases:
+                    self.base(out, root.path, f"{root.path} bounded")
             if func in _EXPANDS and id(args[0]) in self.constants:
                 self.name(out, f"{BIAS}{self.constants[id(args[0])]}")
             elif func in _CASTS and id(args[0]) in self.constants:
                 self.constants[id(out)] = self.constants[id(args[0])]
                 self.kept.append(out)
-            elif out.is_floating_point():
+            elif _is_number(out):
                 self.note(func, args, out, terms, roots)
                 self.notice(func, args, kwargs, out)
         elif isinstance(out, (tuple, list)) and roots:
             for part in out:
-                if isinstance(part, Tensor) and part.is_floating_point():
+                if isinstance(part, Tensor) and _is_number(part):
                     self.note(func, args, part, None, roots)
             if func in _TOPK:
                 self.routed.append((tuple(visit.path for visit in self.stack), roots))
@@ -247,16 +254,16 @@ class Follower(TorchFunctionMode):
         roots: Roots,
     ) -> None:
         """Keep what is known of a result."""
-        changed = any(out is a for a in args)
+        changed = func not in _SAME and any(out is a for a in args)
         if changed:
             self.bases.pop(_storage(out), None)
         if terms is not None and self.is_whole(func, args, out):
             self.keep(out, terms)
-        elif changed and func not in _SAME:
+        elif changed:
             self.name(out, self.new_source())  # changed in place by something unknown
         elif id(out) not in self.known and (base := self.bases.get(_storage(out))) is not None:
             # A view of part of a layer's features: the same part has the same name each time.
-            self.name(out, f"{base[1]}[{_features(out, base[0])}]")
+            self.name(out, f"{base[2]}[{_features(out, base[0])}]")
         if any(
             head_of(source)[0] == self.stream for source in (self.known.get(id(out)) or (0, ()))[1]
         ):
@@ -268,8 +275,11 @@ class Follower(TorchFunctionMode):
         """Whether a result holds all of what its terms speak of."""
         if func not in _SAME or func in _GROWS or out.numel() == args[0].numel():
             return True
-        # A softmax's result with a sink column cut off is still the pattern.
-        return next(iter(self.terms(args[0])), "").startswith("pattern ")
+        return self.is_pattern(args[0])  # with a sink column cut off it is still the pattern
+
+    def is_pattern(self, tensor: Tensor) -> bool:
+        """Whether this is a softmax's result over a product of two computed tensors."""
+        return next(iter(self.terms(tensor)), "").startswith("pattern ")
 
     def gathered(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -277,7 +287,7 @@ class Follower(TorchFunctionMode):
         """Everything the operands came from."""
         found: Roots = NO_ROOTS
         for value in _tensors((*args, *kwargs.values())):
-            if value.is_floating_point():
+            if _is_number(value):
                 found |= self.roots(value)
         if found and func in _MIXING:
             self.mixing.update(visit.path for visit in self.stack)
@@ -289,7 +299,7 @@ class Follower(TorchFunctionMode):
         """The result as a combination of sources, for the operations that keep one."""
         if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
             return None
-        if func in _SAME:
+        if func in _SAME or (func in _FILLED and self.is_pattern(args[0])):
             return self.terms(args[0])
         if func in _DROPOUT:
             training = kwargs.get("training", args[2] if len(args) > 2 else True)
@@ -352,7 +362,13 @@ class Follower(TorchFunctionMode):
             )
             square = (*q.shape[:-1], k.shape[-2])
             made = Attended(
-                self.within(), self.operand(q), self.operand(k), self.operand(v), square, {}
+                self.within(),
+                self.operand(q),
+                self.operand(k),
+                self.operand(v),
+                square,
+                {},
+                self.calls(),
             )
             self.attend(made, v, out)
         elif func in _SOFTMAX:
@@ -393,10 +409,22 @@ class Follower(TorchFunctionMode):
         q, k, is_plain = self.products[min(made, key=lambda name: int(name.split()[1]))]
         name = self.new_source("pattern")
         self.patterns[name] = self.attended[name] = Attended(
-            self.within(), q, k, Operand(NO_ROOTS, {}, ()), tuple(out.shape), nth, is_plain, False
+            self.within(),
+            q,
+            k,
+            Operand(NO_ROOTS, {}, ()),
+            tuple(out.shape),
+            nth,
+            self.calls(),
+            is_plain,
+            False,
         )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))
+
+    def calls(self) -> dict[str, int]:
+        """When the modules that are running began."""
+        return {visit.path: visit.began for visit in self.stack}
 
     def within(self) -> tuple[str, ...]:
         """The modules that are running."""
@@ -437,6 +465,10 @@ def _shape_only(
     if func is torch.addmm and len(args) == 3 and not kwargs:
         return x.new_empty((args[1].shape[0], args[2].shape[1]))
     return None
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:

@@ -50,7 +50,9 @@ def architecture_of(model: nn.Module, example: Mapping[str, Any] | None = None) 
     shapes = tuple(
         (name, getattr(value, "shape", value)) for name, value in (example or {}).items()
     )
+    row = str(sorted(table.row_of(model).items()))
     key = (
+        row,
         whole.to_json_string(use_diff=False),
         str(whole._attn_implementation),
         names,
@@ -257,7 +259,7 @@ class _Reader:
         own = getter in found or (ours and getter in seen.visits)
         embed = getter if own else next(iter(found), getter if ours else None)
         pos = row.get("pos_embed") or next(
-            (p for p in found if p != embed and "type" not in p), None
+            (p for p in found if p != embed and any(word in p for word in table.POSITIONS)), None
         )
         if pos is None:
             absent["pos_embed"] = "no learned position embedding is added to the token embedding"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .architecture import Block, Branch, Norm
+from .architecture import Attention, Block, Branch, Norm
 from .norm import describe_norm
 from .parts import Parts, name_parts
 from .seen import BIAS, TIMES, Terms, Trace, Visit, has_weights, head_of, into
@@ -49,7 +49,7 @@ class Layer:
         self.norms = [v for v in self.visits if self.is_norm(v)]
         self.normed = {next(iter(v.terms_out or {}), ""): v for v in self.norms}
         self.on_stream: list[Visit] = []
-        self.parts = Parts(model, seen, self.path, self.x, self.at, self.reads_stream)
+        self.parts = Parts(model, seen, self.path, self.x, call, self.at, self.reads_stream)
 
     # --- the stream ------------------------------------------------------------------------------
 
@@ -141,13 +141,15 @@ class Layer:
                 )
                 pending = None
             branches += found
-        return Block(self.path, name_parts(branches), call=self.call, ln_out=self.norm(pending))
+        named = name_parts(branches)
+        held = {branch.part.path for branch in named if isinstance(branch.part, Attention)}
+        inner = [part for part in self.parts.attentions() if part.path not in held]
+        hidden = name_parts([*named, *(Branch("", part) for part in inner)])[len(named) :]
+        return Block(self.path, named, call=self.call, ln_out=self.norm(pending), inner=hidden)
 
     def loose(self) -> tuple[Branch, ...]:
         """Parts that can be told although the sum cannot: attention, by what happens inside it."""
-        return name_parts(
-            [Branch("", part) for part in self.parts.attentions() if part is not None]
-        )
+        return name_parts([Branch("", part) for part in self.parts.attentions()])
 
     def added(self, step: _Sum) -> tuple[list[Branch], str]:
         """The branches of one step in the order they are added; or why they cannot be told apart."""

@@ -10,7 +10,7 @@ from ..hooks import HookPoint, HookRegistry, HookScope, Listener
 from ..hooks.registry import Selection
 from .architecture import Architecture
 from .config import BridgeConfig
-from .view import BlocksView, PartView
+from .view import BlocksView, PartView, belongs
 
 Hooks = Iterable[Any]
 """Pairs (name or filter, function)."""
@@ -46,15 +46,15 @@ class Listening:
 
     def set_use_attn_result(self, use: bool = True) -> None:
         """Whether "every point" includes what each head adds to the stream (``attn.hook_result``)."""
-        self._include(use, "blocks.*.attn.hook_result")
+        self._include(use, "**.hook_result")
 
     def set_use_split_qkv_input(self, use: bool = True) -> None:
         """Whether "every point" includes each head's own copy of its input (``hook_q_input``, ...)."""
-        self._include(use, "blocks.*.attn.hook_[qkv]_input")
+        self._include(use, "**.hook_[qkv]_input")
 
     def set_use_attn_in(self, use: bool = True) -> None:
         """Whether "every point" includes ``attn.hook_attn_in``."""
-        self._include(use, "blocks.*.attn.hook_attn_in")
+        self._include(use, "**.hook_attn_in")
 
     def _include(self, use: bool, names: str) -> None:
         for point in self.registry.select(names):
@@ -66,6 +66,16 @@ class Listening:
         """The layers' points: ``bridge.blocks[0].attn.hook_pattern``."""
         main = self.architecture.main
         return BlocksView(self.registry, len(main.blocks), f"{main.prefix}blocks")
+
+    def __getattr__(self, name: str) -> Any:
+        """Parts of other towers: ``bridge.encoder_blocks[0]``, ``bridge.vision_ln_final``."""
+        towers = self.__dict__["architecture"].towers if "architecture" in self.__dict__ else ()
+        for tower in towers:
+            if name == f"{tower.prefix}blocks":
+                return BlocksView(self.registry, len(tower.blocks), name)
+            if tower.prefix and belongs(name, tower):
+                return PartView(self.registry, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def embed(self) -> PartView:

@@ -15,6 +15,7 @@ from .builder import CHOICES, STREAM, Builder
 from .router import RouterSpan
 
 _HIDDEN = "batch pos d_mlp"
+_READ_STREAM = ("in", "z", "q", "k", "v", "ba", "b", "a")
 
 
 def mlp(build: Builder, name: str, branch: Branch, part: Mlp) -> None:
@@ -22,22 +23,27 @@ def mlp(build: Builder, name: str, branch: Branch, part: Mlp) -> None:
     block_name = name.rpartition(".")[0]
     added = () if branch.ln_post else build.added(f"{block_name}.hook_{branch.name}_out", branch)
     exits = branch.makes or part.path or part.out
-    layers(build, name, part, [f"{name}.hook_out", *added] if exits == part.out else [])
+    unnormed = branch.name == "mlp" and (branch.ln is None or branch.place == "after")
+    read = (f"{block_name}.hook_mlp_in",) if unnormed else ()
+    layers(build, name, part, [f"{name}.hook_out", *added] if exits == part.out else [], read)
     if part.router is not None:
         experts(build, name, part, part.router)
     if exits is not None and exits != part.out:
         build.add(f"{name}.hook_out", exits, places.whole_output(), build.stream, *added)
 
 
-def layers(build: Builder, name: str, part: Mlp, out_aliases: list[str]) -> None:
+def layers(
+    build: Builder, name: str, part: Mlp, out_aliases: list[str], in_aliases: tuple[str, ...] = ()
+) -> None:
     """The projections of an MLP."""
     entry = part.path or (None if part.inp is None else part.inp.path)
     if entry is not None:
-        build.add(f"{name}.hook_in", entry, places.whole_input(), STREAM)
+        build.add(f"{name}.hook_in", entry, places.whole_input(), STREAM, *in_aliases)
     if part.gate is not None:
         projection(build, f"{name}.gate", part.gate, None, _HIDDEN)
     else:
-        build.lacks("the MLP is not gated", f"{name}.gate.hook_in", f"{name}.gate.hook_out")
+        why = "experts have their layers inside" if part.router else "the MLP is not gated"
+        build.lacks(why, f"{name}.gate.hook_in", f"{name}.gate.hook_out")
     if part.inp is None:
         why = (
             "experts have their layers inside; see mlp.experts" if part.router else "not recognised"
@@ -92,7 +98,7 @@ def _choice(build: Builder, names: list[str], path: str, index: int, value: Any)
     whole = value.dtype in (torch.long, torch.int)
     name = names[0] if whole else names[1]
     if not any(point.name == name for point in build.points[-4:]):
-        build.add(name, path, places.input_at(index), CHOICES if whole else "batch pos chosen")
+        build.add(name, path, places.input_at(index), CHOICES, is_index=whole)
 
 
 def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
@@ -104,8 +110,10 @@ def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
             continue
         axes = "batch channel pos" if layer == "conv" else "batch pos d_inner"
         if layer != "conv":
-            build.add(f"{name}.{layer}.hook_in", path, places.whole_input(), axes)
-        build.add(f"{name}.{layer}.hook_out", path, places.whole_output(), axes)
+            reads = STREAM if layer in _READ_STREAM else axes
+            build.add(f"{name}.{layer}.hook_in", path, places.whole_input(), reads)
+        made = STREAM if layer == "out" else axes
+        build.add(f"{name}.{layer}.hook_out", path, places.whole_output(), made)
     if part.gate is not None:
         tap = places.projection_output(part.gate, None)
         build.add(f"{name}.gate.hook_out", part.gate.path, tap, "batch pos d_inner")

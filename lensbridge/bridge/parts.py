@@ -27,6 +27,7 @@ class Parts:
         seen: The watched run.
         path: The layer.
         x: The name of the stream entering it.
+        call: Which call of the layer.
         at: The calls of the modules in it.
         reads_stream: Whether a call reads the residual stream, or a norm of it.
     """
@@ -37,6 +38,7 @@ class Parts:
         seen: Trace,
         path: str,
         x: str,
+        call: int,
         at: dict[str, Visit],
         reads_stream: Callable[[Visit], bool],
     ) -> None:
@@ -46,6 +48,7 @@ class Parts:
         self.x = x
         self.at = at
         self.reads_stream = reads_stream
+        self.began = seen.visits[path][call].began
         self.order = sorted(at.values(), key=lambda visit: visit.began)
 
     def of(self, makes: Visit) -> tuple[Part, list[Visit]]:
@@ -58,8 +61,7 @@ class Parts:
         event = next((self.seen.attended[name] for name in events), None)
         if event is not None:
             attn = self.attention(event, events, home)
-            if attn is not None:
-                return attn, [*entries, *self.calls(attn.path)]
+            return attn, [*entries, *self.calls(attn.path)]
         if home is not None and self.router(home) is not None:
             return self.experts(home), entries
         around = home or self.around(members)
@@ -91,27 +93,28 @@ class Parts:
         queue += [v.path for v in self.order if not queue and self.is_inside(v.path, makes.path)]
         members: set[str] = set()
         events: list[str] = []
-        while queue:
-            path = queue.pop()
-            if path in members or path not in self.at:
+        # A module that uses weights without calling a layer: what it was called with.
+        roots = [] if queue else list(makes.roots_in)
+        while queue or roots:
+            if not roots:
+                path = queue.pop()
+                if path not in members and path in self.at:
+                    members.add(path)
+                    if not self.reads_stream(self.at[path]):
+                        roots += self.at[path].roots_in
                 continue
-            members.add(path)
-            if self.reads_stream(self.at[path]):
-                continue
-            roots = list(self.at[path].roots_in)
-            while roots:
-                root = roots.pop()
-                if root.path in self.seen.attended:
-                    if root.path not in events:
-                        events.append(root.path)
-                        event = self.seen.attended[root.path]
-                        roots += [*event.q.roots, *event.k.roots, *event.v.roots]
-                elif root.path in self.seen.products:
-                    if root.path not in members:
-                        members.add(root.path)
-                        roots += self.seen.products[root.path]
-                else:
-                    queue.append(root.path)
+            root = roots.pop()
+            if root.path in self.seen.attended:
+                if root.path not in events:
+                    events.append(root.path)
+                    event = self.seen.attended[root.path]
+                    roots += [*event.q.roots, *event.k.roots, *event.v.roots]
+            elif root.path in self.seen.products:
+                if root.path not in members:
+                    members.add(root.path)
+                    roots += self.seen.products[root.path]
+            else:
+                queue.append(root.path)
         return {m for m in members if m in self.at}, events
 
     def is_weighted(self, path: str) -> bool:
@@ -140,25 +143,26 @@ class Parts:
 
     # --- attention -------------------------------------------------------------------------------
 
-    def attentions(self) -> list[Attention | None]:
+    def attentions(self) -> list[Attention]:
         """Every attention that happens in the layer, each module once."""
-        found: dict[str, Attention | None] = {}
+        found: dict[str, Attention] = {}
         for name, event in self.seen.attended.items():
-            if event.is_complete and self.path in event.within:
+            if event.is_complete and event.calls.get(self.path) == self.began:
                 attn = self.attention(event, [name], None)
-                if attn is not None:
-                    found.setdefault(attn.path, attn)
+                found.setdefault(attn.path, attn)
         return list(found.values())
 
-    def attention(self, event: Attended, events: list[str], home: str | None) -> Attention | None:
+    def attention(self, event: Attended, events: list[str], home: str | None) -> Attention:
         """The attention module around an event."""
-        roles = {"q": event.q.roots, "k": event.k.roots, "v": event.v.roots}
+        values = [e.v.roots for e in self.alike(event)]  # some models multiply them in halves
+        roles = {"q": event.q.roots, "k": event.k.roots, "v": frozenset().union(*values)}
         paths = {role: _layers(roots) for role, roots in roles.items()}
         mine = {p for ps in paths.values() for p in ps if p.startswith(self.path + ".")}
         path = self.home_of(event, mine)
-        if path is None:
-            return None
         absent: dict[str, str] = {}
+        if path is None:
+            path = self.path
+            absent["pattern"] = "attention happens in the layer itself, in no module of its own"
         shares: dict[str, Projection | None] = {}
         for role in roles:
             shares[role], why = self.share(role, roles, paths)
@@ -167,9 +171,13 @@ class Parts:
         heads, why = self.heads(event, shares["q"])
         if why:
             absent["pattern"] = why
-        times = sum(
-            path in other.within for other in self.seen.attended.values() if other.is_complete
-        )
+        # Two products with one pattern (values in halves) are one attention.
+        patterns = {
+            (frozenset(other.q.terms), frozenset(other.k.terms))
+            for other in self.seen.attended.values()
+            if other.is_complete and other.calls.get(path) == event.calls[path]
+        }
+        times = len(patterns)
         if times > 1 and "pattern" not in absent:
             absent["pattern"] = f"attention happens {times} times in one call of {path}"
         if not event.is_plain:
@@ -235,12 +243,26 @@ class Parts:
         square, width = event.square, self.width(q)
         d_head = event.q.shape[-1]
         folded = square[0] // _BATCH if len(square) == 3 else square[1]
-        if width is None or folded * d_head == width:
+        entering = self.seen.visits[self.path][0].entering
+        rows = tuple(entering.shape[:2]) if isinstance(entering, Tensor) else ()
+        is_usual = len(square) == 4 and (square[0], square[-2]) == rows
+        if width is None or folded * d_head == width or is_usual:
             return folded, ""
         return max(width // d_head, 1), (
             f"the softmax is over {list(square)}, which is not [batch, head, query, key] of "
             f"{width // d_head} heads"
         )
+
+    def alike(self, event: Attended) -> list[Attended]:
+        """The products of one pattern with values."""
+        return [
+            other
+            for other in self.seen.attended.values()
+            if other.calls == event.calls
+            and other.q.terms == event.q.terms
+            and other.k.terms == event.k.terms
+            and (other.is_complete or other is event)
+        ]
 
     def home_of(self, event: Attended, projections: set[str]) -> str | None:
         """The smallest module that was running around the attention and holds the projections."""

@@ -306,7 +306,7 @@ def _results(module: nn.Module, z: Float[Tensor, "batch pos head d_head"]) -> Te
     alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
     out = module.forward(alone)
     bias = bias_of(module, z.flatten(-2))
-    return out if bias is None else out - bias
+    return out if bias is None else out - bias.unsqueeze(-2)
 
 
 def _plain_weight(module: nn.Module) -> Tensor | None:

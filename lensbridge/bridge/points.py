@@ -33,7 +33,9 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     for one in architecture.towers:
         tower(build, one)
     head(build)
-    return HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build))
+    registry = HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build))
+    registry.layers = f"{architecture.main.prefix}blocks"
+    return registry
 
 
 def tower(build: Builder, one: Tower) -> None:
@@ -68,6 +70,7 @@ def tower(build: Builder, one: Tower) -> None:
         build.enter(one, layer)
         block(build, f"{prefix}blocks.{index}", layer)
     build.enter(one, None)
+    _missing_kinds(build, one)
     names4 = [f"{prefix}ln_final.hook_{part}" for part in _NORM]
     if one.ln_final is not None:
         build.norm(f"{prefix}ln_final", one.ln_final, STREAM)
@@ -104,7 +107,8 @@ def block(build: Builder, name: str, one: Block) -> None:
     _missing(build, name, one)
     for index, branch in enumerate(one.branches):
         if branch.ln is not None and branch.place != "after" and not _shares(one, index):
-            build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream)
+            read = (f"{name}.hook_mlp_in",) if branch.name == "mlp" else ()
+            build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream, in_aliases=read)
         part = f"{name}.{branch.name}"
         if isinstance(branch.part, Attention):
             head_inputs(build, part, branch, branch.part)
@@ -119,6 +123,9 @@ def block(build: Builder, name: str, one: Block) -> None:
         between(build, name, one, index)
         if branch.ln is not None and branch.place == "after":
             build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream)
+    for branch in one.inner:
+        if isinstance(branch.part, Attention):
+            attention(build, f"{name}.{branch.name}", branch, branch.part)
     if one.ln_out is not None:
         build.norm(f"{name}.ln_out", one.ln_out, build.stream)
     build.add(f"{name}.hook_out", one.path, places.whole_output(), build.stream)
@@ -143,6 +150,21 @@ def _missing(build: Builder, name: str, one: Block) -> None:
         if one.branch(part) is None:
             build.lacks(why, *(f"{name}.{part}.{point}" for point in points))
             build.lacks(why, f"{name}.hook_{part}_out")
+
+
+def _missing_kinds(build: Builder, one: Tower) -> None:
+    """Say of whole kinds of parts that this tower has none."""
+    kinds = {branch.name for part in one.blocks for branch in (*part.branches, *part.inner)}
+    has_experts = any(part.mlp is not None and part.mlp.router is not None for part in one.blocks)
+    for part, ends in (("cross_attn", _ATTENTION), ("mixer", _ENDS)):
+        if part not in kinds:
+            why = f"no layer of this tower has a {part.replace('attn', 'attention').replace('_', '-')}"
+            build.lacks(why, *(f"{one.prefix}blocks.{{i}}.{part}.{end}" for end in ends))
+    if not has_experts:
+        names = [f"mlp.{p}.{end}" for p in ("router", "experts", "shared") for end in _ENDS]
+        names += ["mlp.router.hook_experts", "mlp.router.hook_weights"]
+        why = "the MLPs of this tower are not made of experts"
+        build.lacks(why, *(f"{one.prefix}blocks.{{i}}.{name}" for name in names))
 
 
 def between(build: Builder, name: str, one: Block, index: int) -> None:

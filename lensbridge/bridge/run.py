@@ -327,7 +327,7 @@ class Recorder:
     def check_gradients(self, points: list[HookPoint]) -> None:
         """Refuse to hand out a cache without a gradient that was asked for by name."""
         for point in points:
-            if f"{point.name}_grad" not in self.values and point.axes != "batch pos":
+            if f"{point.name}_grad" not in self.values and not point.is_index:
                 raise GradientError(
                     f"no gradient reached {point.name}: the loss does not depend on it, or goes round it "
                     "because another point was listened to for gradients (hook_q_input goes round q.hook_in)"
@@ -393,8 +393,7 @@ def record_run(
     with registry.hooks() as scope:
         scope.observe(points, recorder.store, must_fire=is_explicit(names_filter))
         if backward is not None:
-            # Token ids and positions carry no gradient.
-            scope.observe([p for p in points if p.axes != "batch pos"], recorder.store_grad, "bwd")
+            scope.observe([p for p in points if not p.is_index], recorder.store_grad, "bwd")
         out = run()
         if backward is not None:
             backward(out).backward()

@@ -101,6 +101,7 @@ class Attended:
         q, k, v: What was multiplied.
         square: Shape of the pattern.
         nth: Which softmax of each module that was running it is; empty for a fused attention.
+        calls: When each module that was running began, which tells calls of one module apart.
         is_plain: Whether q and k met in a plain product, [..., query, d] by [..., d, key].
         is_complete: Whether the product of pattern and values was seen as well.
     """
@@ -111,6 +112,7 @@ class Attended:
     v: Operand
     square: tuple[int, ...]
     nth: dict[str, int]
+    calls: dict[str, int]
     is_plain: bool = True
     is_complete: bool = True
 

@@ -53,11 +53,13 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         found = list(_stacks(model, "", _declared(model), 2))
         found = found or list(_stacks(model, "", frozenset(), 1))  # convolutions, one to a layer
     if not found:
+        name = type(model).__name__
         raise ArchitectureError(
-            f"{type(model).__name__} has no list of layers (no nn.ModuleList whose items hold layers with "
-            f"weights); its modules are: {', '.join(name for name, _ in model.named_children())}. A row "
-            f"{type(model).__name__!r}: {{'blocks': '<path of the list>'}} says where it is (see the docs, "
-            "'A new architecture')"
+            f"{name} has no list of layers that could be found (an nn.ModuleList or nn.Sequential whose "
+            "items hold matrices and a norm); its modules are: "
+            f"{', '.join(n for n, _ in model.named_children())}. To say where they are: "
+            f'lensbridge.add_row("{name}", blocks="<path of the list, or a glob over layers>") '
+            "(see the docs, 'A new architecture')"
         )
     main = max(found, key=lambda stack: _rank(model, stack))
     prefixes = _prefixes(model, found, main)

@@ -32,6 +32,9 @@ GENERIC = (
 NOT_LAYERS = ("merger", "upsample", "vqmodel")
 """Lists that are no stack of layers, though they look like one."""
 
+POSITIONS = ("pos", "wpe")
+"""Parts of a path that say an embedding is one of positions, not of segments or languages."""
+
 PROJECTORS = (
     "multi_modal_projector",
     "multimodal_projector",

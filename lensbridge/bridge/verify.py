@@ -178,7 +178,7 @@ class _Checks:
                 self.exact(identity, here, self.cache[f"{here}.hook_out"], self.cache[after])
             if not block.unproved:
                 self.stream(here, block)
-            for branch in block.branches:
+            for branch in (*block.branches, *block.inner):
                 if isinstance(branch.part, Attention):
                     self.attention(f"{here}.{branch.name}", branch.part)
 

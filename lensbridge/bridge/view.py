@@ -152,7 +152,10 @@ def _absent(registry: HookRegistry, architecture: Architecture) -> Iterator[str]
     for name, reason in registry.absent.items():
         if name.startswith(start) or not re.search(r"blocks\.\d", name):
             names = reasons.setdefault(reason, [])
-            part = name.removeprefix(start).rpartition(".")[0] or name.removeprefix(start)
+            own = name.removeprefix(start)
+            part = own.rpartition(".")[0] or own
+            if any(held.startswith((f"{start}{part}.", f"{part}.")) for held in registry):
+                part = own  # the part is there; this is one place of it
             if part not in names:
                 names.append(part)
     if reasons:

@@ -17,14 +17,18 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "blocks.{i}.attn.q_norm.hook_out": ("blocks.{i}.attn.hook_q_normed",),
     "blocks.{i}.attn.k_norm.hook_out": ("blocks.{i}.attn.hook_k_normed",),
     "blocks.{i}.attn.o.hook_in": ("blocks.{i}.attn.hook_z",),
-    "blocks.{i}.ln2.hook_in": ("blocks.{i}.hook_mlp_in",),
     "blocks.{i}.mlp.gate.hook_out": ("blocks.{i}.mlp.hook_pre",),
     "blocks.{i}.mlp.out.hook_in": ("blocks.{i}.mlp.hook_post",),
     "unembed.hook_out": ("hook_unembed",),
 }
-"""Aliases that hold in every model. Those that depend on the block are given where the block is known:
-``hook_attn_out`` and ``hook_mlp_out`` name what is added to the stream, so they follow a norm after the
-branch; ``mlp.hook_pre`` is the gate of a gated MLP and the only input projection of a plain one."""
+"""Aliases that hold in every model.
+
+Those that depend on the block are given where the block is known: ``hook_attn_out`` and ``hook_mlp_out`` name
+what is added to the stream, so they follow a norm after the branch; ``hook_mlp_in`` is what the norm before
+the MLP reads, or the MLP itself where none is before it; ``mlp.hook_pre`` is the gate of a gated MLP and the
+only input projection of a plain one."""
+
+_KINDS = re.compile(r"\.((?:cross_)?(attn|mlp)\d*)(?=\.)")
 
 _IN_ATTENTION = (
     "q",
@@ -59,8 +63,12 @@ def aliases_of(name: str) -> tuple[str, ...]:
     if match is None:
         return ALIASES.get(name, ())
     tower, layer, rest = match.groups()
-    found = ALIASES.get(f"blocks.{{i}}{rest}", ())
-    return tuple(tower + alias.replace("{i}", layer) for alias in found)
+    part = _KINDS.match(rest)
+    # A cross-attention or a second MLP has the names of the first of its kind.
+    kind, own = (part.group(2), part.group(1)) if part is not None else ("", "")
+    found = ALIASES.get("blocks.{i}" + (rest.replace(own, kind, 1) if own else rest), ())
+    names = [tower + alias.replace("{i}", layer) for alias in found]
+    return tuple(name.replace(f".{kind}.", f".{own}.", 1) if own else name for name in names)
 
 
 def act_name(name: str, layer: int | None = None, part: str | None = None) -> str:

@@ -121,6 +121,7 @@ class HookPoint(nn.Module):
             live=set(),
             n_edits=0,
             is_volatile=False,
+            is_index=False,
             sizes={},
         )
 
@@ -136,6 +137,7 @@ class HookPoint(nn.Module):
     is_volatile: (
         bool  # the model goes on to change the tensor in place: keep a copy, not a reference
     )
+    is_index: bool  # ids, positions, choices: whole numbers, without a gradient
     sizes: dict[str, int]  # of the axes whose size does not depend on the input
     n_edits: int  # listeners that may change the value or need its gradient
 

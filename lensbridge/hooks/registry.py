@@ -72,6 +72,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         extra: Extra | None = None,
     ) -> None:
         self._extra = extra
+        self.layers = "blocks"  # where shorthand like ("resid_post", 3) looks
         self._made: dict[str, HookPoint] = {}  # by `extra`, when first asked for
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}
@@ -180,7 +181,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         if name in self:
             return None
         template = re.sub(r"(?<=blocks\.)\d+", "{i}", name)
-        layer = re.search(r"blocks\.(\d+)\.", name)
+        layer = re.search(r"\w*blocks\.(\d+)\.", name)
         if name in self.absent:
             return self.absent[name]
         # "blocks.99.hook_out" must not be explained by the reason that holds for existing layers.
@@ -192,7 +193,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         """Names and aliases closest to a misspelt one."""
         known = [*self._points, *self.aliases]
         # Same layer first: the digits of a name are rarely the misspelt part.
-        layer = re.search(r"blocks\.(\d+)\.", name)
+        layer = re.search(r"\w*blocks\.(\d+)\.", name)
         peers = [k for k in known if layer and layer.group(0) in k] or known
         found = get_close_matches(name, peers, n=most, cutoff=0.55)
         return found or get_close_matches(name, known, n=most, cutoff=0.3)
@@ -208,11 +209,11 @@ class HookRegistry(Mapping[str, HookPoint]):
             return AbsentPointError(f"this model has no point {name!r}: {reason}")
         nearest = self.nearest(name)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        layers = sorted(
-            {int(m.group(1)) for k in self._points if (m := re.match(r"blocks\.(\d+)\.", k))}
-        )
-        asked = re.match(r"blocks\.(\d+)\.", name)
-        if asked and layers and int(asked.group(1)) not in layers:
+        asked = re.match(r"(\w*blocks)\.(\d+)\.", name)
+        stack = re.escape(asked.group(1)) if asked else "blocks"
+        found = (re.match(rf"{stack}\.(\d+)\.", k) for k in self._points)
+        layers = sorted({int(m.group(1)) for m in found if m})
+        if asked and layers and int(asked.group(2)) not in layers:
             hint = f"; the layers are {layers[0]} to {layers[-1]}" + hint
         return UnknownPointError(f"no hook point is called {name!r}{hint}")
 
