@@ -256,7 +256,7 @@ class _Reader:
         row = table.row_of(self.model) if self.stack.prefix in ("", "decoder_") else {}
         getter = row.get("embed") or _path_of(self.model, "get_input_embeddings")
         ours = self.stack.prefix in ("", "decoder_")
-        own = getter in found or (ours and getter in seen.visits)
+        own = getter in found or (self.stack.prefix == "" and getter in seen.visits)
         embed = getter if own else next(iter(found), getter if ours else None)
         pos = row.get("pos_embed") or next(
             (p for p in found if p != embed and any(word in p for word in table.POSITIONS)), None

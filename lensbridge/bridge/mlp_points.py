@@ -117,6 +117,9 @@ def mixer(build: Builder, name: str, branch: Branch, part: Mixer) -> None:
     if part.gate is not None:
         tap = places.projection_output(part.gate, None)
         build.add(f"{name}.gate.hook_out", part.gate.path, tap, "batch pos d_inner")
+    elif not any(layer == "gate" for layer, _ in part.parts):
+        why = "no share of a joint projection was seen to multiply what the last layer reads"
+        build.lacks(why, f"{name}.gate.hook_in", f"{name}.gate.hook_out")
     for layer, path in part.silent:
         why = f"the model uses the weights of {path} without calling it"
         build.lacks(why, f"{name}.{layer}.hook_in", f"{name}.{layer}.hook_out")

@@ -472,17 +472,18 @@ class Parts:
 
     def mixer_gate(self, path: str) -> Projection | None:
         """The share of a joint projection by which the mixed values are multiplied."""
-        for visit in self.order:
-            source = next(iter(visit.terms_in or {}), "")
-            if not visit.path.startswith(path + ".") or source not in self.seen.gated:
-                continue
-            for roots in self.seen.gated[source][1::2]:
-                layers = _layers(roots)
-                if len(layers) == 1 and layers[0].startswith(path + "."):
-                    share = self.share("gate", {"gate": roots}, {"gate": layers})[0]
-                    if share is not None and share.split is not None:
-                        return share
-        return None
+        inside = [visit for visit in self.order if self.is_inside(visit.path, path)]
+        source = next(iter(inside[-1].terms_in or {}), "") if inside else ""
+        if source not in self.seen.gated:
+            return None
+        found = []
+        for roots in self.seen.gated[source][1::2]:
+            layers = _layers(roots)
+            if len(layers) == 1 and layers[0].startswith(path + "."):
+                share = self.share("gate", {"gate": roots}, {"gate": layers})[0]
+                if share is not None and share.split is not None:
+                    found.append(share)
+        return found[0] if len(found) == 1 else None
 
 
 def name_parts(branches: list[Branch]) -> tuple[Branch, ...]:

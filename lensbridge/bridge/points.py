@@ -105,6 +105,9 @@ def block(build: Builder, name: str, one: Block) -> None:
     """Everything in a layer."""
     build.add(f"{name}.hook_in", one.path, places.whole_input(), build.stream)
     _missing(build, name, one)
+    if one.unproved:
+        ends = ("hook_attn_out", "hook_mlp_out", "hook_mlp_in", "hook_resid_mid")
+        build.lacks(one.unproved, *(f"{name}.{end}" for end in ends))
     for index, branch in enumerate(one.branches):
         if branch.ln is not None and branch.place != "after" and not _shares(one, index):
             read = (f"{name}.hook_mlp_in",) if branch.name == "mlp" else ()

@@ -219,7 +219,7 @@ def takes_use_cache(model: nn.Module) -> bool:
 # --- what comes back --------------------------------------------------------------------------------------
 
 
-def logits_of(out: Any, model: nn.Module) -> Float[Tensor, "batch pos d_vocab"]:
+def logits_of(out: Any, model: nn.Module) -> Float[Tensor, "*batch d_vocab"]:
     """The logits of a Hugging Face output.
 
     Raises:

@@ -186,6 +186,12 @@ def has_weights(module: nn.Module) -> bool:
     )
 
 
+def widths_of(module: nn.Module) -> set[int]:
+    """The widths a layer's matrices have, one of which its output has."""
+    held = (p for p in module._parameters.values() if p is not None)
+    return {size for p in held if p.dim() == 2 for size in p.shape}
+
+
 def head_of(source: str) -> tuple[str, str]:
     """A source without the parameters it is scaled by, and those."""
     head, times, rest = source.partition(TIMES)

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from ..hooks.tap import watch
 from .follow import Follower
-from .seen import Terms, Trace, Visit, first_item, first_tensor, has_weights, into, version_of
+from .seen import (
+    Root,
+    Terms,
+    Trace,
+    Visit,
+    first_item,
+    first_tensor,
+    has_weights,
+    into,
+    version_of,
+    widths_of,
+)
 
 
 def trace(
@@ -64,7 +75,10 @@ def trace(
                 if path in weighted:
                     if value is visit.entering:
                         follower.name(value, follower.new_source())
-                    follower.base(value, path)
+                    if value.shape[-1] in widths_of(modules[path]):
+                        follower.base(value, path)
+                    else:  # a convolution: its features are not the last dimension
+                        follower.root(value, frozenset({Root(path)}))
                 visit.terms_out = dict(follower.terms(value))
         visits.setdefault(path, []).append(visit)
 
