@@ -20,6 +20,7 @@ version = release
 
 extensions = [
     "names",  # docs/_ext/names.py
+    "support",  # docs/_ext/support.py
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -34,7 +35,7 @@ if os.environ.get("LENSBRIDGE_DOCS_ONLINE"):
         "torch": ("https://docs.pytorch.org/docs/stable", None),
     }
 
-exclude_patterns = ["_build", "generated/points.md"]
+exclude_patterns = ["_build", "generated/points.md", "generated/support.md"]
 templates_path = ["_templates"]
 nitpicky = False
 # Several classes may have an attribute of one name ("device"); Sphinx calls a mention of it ambiguous.

@@ -32,7 +32,7 @@ VOCAB = 160
 
 @cache
 def tiny_configs() -> dict[str, dict[str, Any]]:
-    """kind ("causal", "masked", "seq2seq", "vlm") -> model type -> class and config."""
+    """kind ("causal", "masked", "vision"...) -> model type -> class, config and what its forward takes."""
     return json.loads((Path(__file__).parent / "tiny_configs.json").read_text())
 
 
@@ -53,14 +53,47 @@ def build_tiny(name: str, kind: str = "causal", **overrides: Any) -> nn.Module:
             if parameter.dim() < 2:
                 parameter.data += 0.3 * torch.randn_like(parameter)
             elif "embed" not in parameter_name and "wte" not in parameter_name:
-                parameter.data *= 5.0
+                # T5 and its kind, which do not scale their scores, start large enough.
+                parameter.data *= 5.0 if parameter.std() < 0.1 else 1.0
+        for path, value in entry.get("set_params", {}).items():
+            # Fresh models have parts that do nothing until they are trained: zero gates, empty projections.
+            parameter = model.get_parameter(path)
+            is_drawn = isinstance(value, dict)
+            drawn = value["normal"] * torch.randn_like(parameter) if is_drawn else value
+            parameter.data.copy_(torch.as_tensor(drawn))
     return model
+
+
+def tiny_inputs(name: str, kind: str = "causal") -> dict[str, torch.Tensor]:
+    """Keywords for the forward of an entry, the same every time; none where token ids are enough."""
+    random = torch.Generator().manual_seed(0)
+    wanted = tiny_configs()[kind][name].get("inputs") or {}
+    return {keyword: _made(spec, random) for keyword, spec in wanted.items()}
+
+
+def _made(spec: dict[str, Any], random: torch.Generator) -> torch.Tensor:
+    dtype = {"float": torch.float32, "long": torch.long, "bool": torch.bool}[
+        spec.get("dtype", spec["kind"])
+    ]
+    if spec["kind"] == "values":
+        return torch.tensor(spec["data"], dtype=dtype)
+    if spec["kind"] == "bool":
+        return torch.ones(spec["shape"], dtype=dtype)
+    if spec["kind"] == "float":
+        return torch.randn(spec["shape"], generator=random)
+    return torch.randint(spec.get("low", 0), spec["high"], spec["shape"], generator=random)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """``tiny("llama", num_hidden_layers=3)`` builds a fresh tiny model."""
     return build_tiny
+
+
+@pytest.fixture(scope="session")
+def inputs_of() -> Callable[..., dict[str, torch.Tensor]]:
+    """``inputs_of("vit", "vision")``: keywords for that model's forward."""
+    return tiny_inputs
 
 
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])

@@ -36,31 +36,68 @@ FAMILIES = {
     "phi3": "Phi-3",
     "gpt_neox": "GPT-NeoX",
     "phi": "Phi",
+    "qwen2_moe": "Qwen2-MoE",
+    "bamba": "Bamba",
+    "qwen3_5": "Qwen3.5",
+    "bert": "BERT",
+    "t5": "T5",
+    "vit": "ViT",
 }
 """Model types in tests/tiny_configs.json, and what to call them."""
 
+KINDS = {"bert": "masked", "t5": "seq2seq", "vit": "vision"}
+"""Under which kind of model those that are no causal language models stand there."""
+
+TOWERS = ("encoder_", "decoder_", "vision_", "audio_")
+"""What the names of a tower begin with; the points are the same in each."""
+
+OWN = (
+    r"ln_embed\.|blocks\.\{i\}\.(cross_attn|mixer|ln3|mlp\.(router|experts|shared))\."
+    r"|blocks\.\{i\}\.hook_resid_mid2$"
+)
+"""Points of parts that a plain decoder does not know, so that it has no reason to give for lacking them."""
+
 SECTIONS = {
-    "Before the layers": r"(embed|pos_embed|rotary_emb)\.",
+    "Before the layers": r"(embed|pos_embed|ln_embed|rotary_emb)\.",
     "Residual stream": r"blocks\.\{i\}\.hook_",
     "Norms of a layer": r"blocks\.\{i\}\.ln",
     "Attention": r"blocks\.\{i\}\.attn\.",
-    "MLP": r"blocks\.\{i\}\.mlp\.",
+    "Cross-attention": r"blocks\.\{i\}\.cross_attn\.",
+    "MLP": r"blocks\.\{i\}\.mlp\.(hook_|in\.|gate\.|out\.)",
+    "Experts": r"blocks\.\{i\}\.mlp\.(router|experts|shared)\.",
+    "Mixers": r"blocks\.\{i\}\.mixer\.",
     "After the layers": r"(ln_final|unembed)\.",
+}
+
+INTRODUCTIONS = {
+    "Norms of a layer": "`ln1` belongs to a layer's first branch, `ln2` to the second, `ln3` to a third; in "
+    "a plain layer these are attention and the MLP. A norm stands before its branch, or, as in BERT, "
+    "behind the sum. There it reads the sum, and what it puts out is the stream.",
+    "Cross-attention": "The attention of a decoder that looks at the encoder's output. Its queries are made "
+    "of the stream, its keys and values of the other tower.",
+    "Experts": "In a mixture of experts. Where the experts are one module called with tokens, choices and "
+    "weights, the choices have names; where a model loops over its experts, they are absent.",
+    "Mixers": "State-space, recurrent and linear-attention parts. Their layers are called by what they do: "
+    "`in`, `z`, `gate`, `ba`, `b`, `a`, `conv`, `q`, `k`, `v`, `x`, `dt`, `norm`, `out`. Listed are those of "
+    "two hybrids. A layer whose weights the mixer uses without calling it, as most do with `conv`, is absent "
+    "and says so.",
 }
 
 # --- what the points mean ---------------------------------------------------------------------------------
 
 _NORMS = {
-    "blocks.{i}.ln1": "the norm before attention",
-    "blocks.{i}.ln1_post": "the norm between attention and the residual sum",
-    "blocks.{i}.ln2": "the norm before the MLP",
-    "blocks.{i}.ln2_post": "the norm between the MLP and the residual sum",
+    "ln_embed": "the norm between the embeddings and the first layer",
+    "blocks.{i}.ln1": "the first branch's norm",
+    "blocks.{i}.ln1_post": "the norm between the first branch and the residual sum",
+    "blocks.{i}.ln2": "the second branch's norm",
+    "blocks.{i}.ln2_post": "the norm between the second branch and the residual sum",
+    "blocks.{i}.ln3": "the third branch's norm",
     "blocks.{i}.attn.q_norm": "the norm on each head's queries",
     "blocks.{i}.attn.k_norm": "the norm on each head's keys",
     "ln_final": "the norm before the unembedding",
 }
 _IN_NORM = {
-    "hook_in": "What {norm} reads; an edit reaches nothing else.",
+    "hook_in": "What {norm} reads; an edit reaches what it puts out and nothing else.",
     "hook_scale": "What {norm} divides by: standard deviation (LayerNorm) or root mean square (RMSNorm), "
     "with eps, in float32.",
     "hook_normalized": "The value inside {norm} after the division, before weight and bias.",
@@ -69,17 +106,23 @@ _IN_NORM = {
 
 _SENTENCES = {
     "embed.hook_in": "Token ids.",
-    "embed.hook_out": "What the token embedding puts out.",
+    "embed.hook_out": "What the token embedding puts out; of an image, the patch embedding.",
     "pos_embed.hook_in": "Position ids; one row when all rows of the batch share them.",
     "pos_embed.hook_out": "Position embeddings; one row when all rows of the batch share them.",
     "rotary_emb.hook_in": "Position ids; one row when all rows of the batch share them.",
     "rotary_emb.hook_cos": "Cosines of the rotation at each position, for every layer.",
     "rotary_emb.hook_sin": "Sines of the rotation at each position, for every layer.",
     "blocks.{i}.hook_in": "The residual stream entering the layer.",
-    "blocks.{i}.hook_resid_mid": "The residual stream between attention and MLP; an edit reaches the MLP "
-    "and the stream after it.",
+    "blocks.{i}.hook_resid_mid": "The residual stream between the first branch and the second (attention and "
+    "MLP in a plain layer); an edit reaches the second and the stream after it.",
+    "blocks.{i}.hook_resid_mid2": "The same between the second branch and a third.",
     "blocks.{i}.hook_out": "The residual stream leaving the layer.",
-    "blocks.{i}.ln2.hook_in": "What the norm before the MLP reads; an edit leaves the stream alone.",
+    "blocks.{i}.ln1.hook_in": "What the first branch's norm reads; where that stands before the branch, an "
+    "edit leaves the stream alone.",
+    "blocks.{i}.ln2.hook_in": "What the second branch's norm reads; where that stands before the branch, an "
+    "edit leaves the stream alone.",
+    "blocks.{i}.ln3.hook_in": "What the third branch's norm reads; where that stands before the branch, an "
+    "edit leaves the stream alone.",
     "blocks.{i}.attn.hook_attn_in": "The stream before `ln1`, one copy a head; an edit changes what that "
     "head's q, k and v are made of.",
     "blocks.{i}.attn.hook_q_input": "The stream before `ln1`, one copy a head; an edit changes what that "
@@ -117,9 +160,55 @@ _SENTENCES = {
     "blocks.{i}.mlp.out.hook_in": "The hidden layer after activation and gate: the neurons.",
     "blocks.{i}.mlp.out.hook_out": "What the output projection puts out, bias included.",
     "blocks.{i}.mlp.hook_out": "What the MLP returns.",
+    "blocks.{i}.mlp.router.hook_in": "What the router scores.",
+    "blocks.{i}.mlp.router.hook_out": "The router's logits, where it makes them; an edit is what it then "
+    "chooses from, so it reroutes.",
+    "blocks.{i}.mlp.router.hook_experts": "Indices of the chosen experts, as these are called with them.",
+    "blocks.{i}.mlp.router.hook_weights": "By how much each chosen expert counts.",
+    "blocks.{i}.mlp.experts.hook_in": "What the experts are called with.",
+    "blocks.{i}.mlp.experts.hook_out": "What the chosen experts make, weighted and summed.",
+    "blocks.{i}.mlp.shared.hook_in": "What the shared experts, which every token passes, are called with.",
+    "blocks.{i}.mlp.shared.hook_out": "What the shared experts make, before any gate on them.",
+    "blocks.{i}.mixer.hook_in": "What the mixer is called with.",
+    "blocks.{i}.mixer.hook_out": "What the mixer returns.",
     "unembed.hook_in": "What the unembedding reads.",
     "unembed.hook_out": "Logits, before a soft cap where the model has one.",
 }
+
+_MIXER = {
+    "in": ("the input projection", "often several values side by side"),
+    "z": ("the z projection", "the gate before its activation"),
+    "b": ("the b projection", "how much of each position is written to the state"),
+    "a": ("the a projection", "how fast the state fades"),
+    "norm": ("the norm before the output projection", "gated where the model gates there"),
+    "out": ("the output projection", "bias included"),
+}
+_CROSS = {
+    "q.hook_in": "What the q projection reads.",
+    "q.hook_out": "Queries by head, one a position of the decoder.",
+    "k.hook_in": "What the k projection reads: the encoder's output.",
+    "k.hook_out": "Keys by head, one a position of the encoder.",
+    "v.hook_in": "What the v projection reads: the encoder's output.",
+    "v.hook_out": "Values by head, one a position of the encoder.",
+}
+
+
+def _same(start: str, part: str, names: Iterable[str]) -> dict[str, str]:
+    """The sentences of one part for another that works alike."""
+    old, new = (f"`{x.rpartition('}.')[2]}." for x in (start, part))
+    return {f"{part}.{name}": _SENTENCES[f"{start}.{name}"].replace(old, new) for name in names}
+
+
+_INSIDE = (
+    "hook_in",
+    "hook_attn_scores",
+    "hook_pattern",
+    "o.hook_in",
+    "hook_result",
+    "o.hook_out",
+    "hook_out",
+)
+_LAYERS = [f"{part}.{end}" for part in ("gate", "in", "out") for end in ("hook_in", "hook_out")]
 
 SENTENCES: dict[str, str] = {
     **{
@@ -128,6 +217,17 @@ SENTENCES: dict[str, str] = {
         for point, sentence in _IN_NORM.items()
     },
     **_SENTENCES,
+    **_same("blocks.{i}.attn", "blocks.{i}.cross_attn", _INSIDE),
+    **{f"blocks.{{i}}.cross_attn.{name}": sentence for name, sentence in _CROSS.items()},
+    **_same("blocks.{i}.mlp", "blocks.{i}.mlp.shared", _LAYERS),
+    **{
+        f"blocks.{{i}}.mixer.{part}.hook_in": f"What {one} reads."
+        for part, (one, _) in _MIXER.items()
+    },
+    **{
+        f"blocks.{{i}}.mixer.{part}.hook_out": f"What {one} puts out: {what}."
+        for part, (one, what) in _MIXER.items()
+    },
 }
 """Canonical name with ``{i}`` for the layer -> what the point means."""
 
@@ -149,7 +249,7 @@ class Point:
         is_default: Whether "every point" includes it.
         families: Those that have it.
         aliases: Alias -> the families in which it is one.
-        absent: Reason -> the families that lack the point for it.
+        absent: Reason -> the families that lack the point for it; empty where they lack the whole part.
     """
 
     name: str
@@ -161,8 +261,9 @@ class Point:
 
 
 def template(name: str) -> str:
-    """``blocks.3.hook_out`` as ``blocks.{i}.hook_out``."""
-    return re.sub(r"\bblocks\.\d+\.", "blocks.{i}.", name)
+    """``decoder_blocks.3.self_attn.hook_out`` as ``blocks.{i}.attn.hook_out``."""
+    bare = re.sub(rf"^({'|'.join(TOWERS)})", "", name).replace(".self_attn.", ".attn.")
+    return re.sub(r"\bblocks\.\d+\.", "blocks.{i}.", bare)
 
 
 def registry_of(family: str) -> HookRegistry:
@@ -171,7 +272,9 @@ def registry_of(family: str) -> HookRegistry:
 
     from lensbridge import TransformerBridge
 
-    entry: Any = json.loads(CONFIGS.read_text(encoding="utf-8"))["causal"][family]
+    entry: Any = json.loads(CONFIGS.read_text(encoding="utf-8"))[KINDS.get(family, "causal")][
+        family
+    ]
     config = getattr(transformers, entry["config_class"])(**entry["config"])
     with torch.random.fork_rng([]):
         model = getattr(transformers, entry["class"])(config)
@@ -199,17 +302,30 @@ def collect(registries: Mapping[str, HookRegistry]) -> list[Point]:
             if hook.axes != point.axes:
                 raise NamesError(f"{name} is [{point.axes}] elsewhere, in {family} [{hook.axes}]")
             _note(point.families, family)
-            for alias in hook.aliases:
-                _note(point.aliases.setdefault(template(alias), []), family)
+            for alias in map(template, hook.aliases):
+                if alias != name:  # a decoder's attn is also its self_attn
+                    _note(point.aliases.setdefault(alias, []), family)
             previous = name
     for point in points.values():
         for family, registry in registries.items():
-            if family not in point.families:
-                reason = registry.why(point.name.replace("{i}", "0"))
-                if reason is None:
+            # A name may be another's alias where two places are one (attn.hook_out in BERT).
+            if family not in point.families and point.name not in map(template, registry.aliases):
+                reason = _reason(registry, point.name)
+                if not (reason or re.match(OWN, point.name)):
                     raise NamesError(f"{family} lacks {point.name} and does not say why")
                 _note(point.absent.setdefault(reason, []), family)
     return [points[name] for name in order]
+
+
+def _reason(registry: HookRegistry, name: str) -> str:
+    """Why a model has no such point in any tower or layer; a layer with the rest of the part knows best."""
+    reasons = [
+        registry.why(f"{tower}{name}".replace("{i}", layer))
+        for tower in ("", *TOWERS)
+        for layer in ("0", "1")
+    ]
+    found = [reason for reason in reasons if reason]
+    return next((r for r in found if not r.startswith("this layer is")), "".join(found[:1]))
 
 
 def _note(families: list[str], family: str) -> None:
@@ -251,15 +367,18 @@ def page(points: list[Point], sentences: Mapping[str, str]) -> str:
     lines: list[str] = []
     for title in SECTIONS:
         lines += [f"## {title}", ""]
-        for point in points:
-            if _section(point.name) == title:
-                lines += [*_entry(point, sentences[point.name]), ""]
+        listed = [point for point in points if _section(point.name) == title]
+        shared = listed[0].families if all(p.families == listed[0].families for p in listed) else []
+        if title in INTRODUCTIONS:
+            lines += [INTRODUCTIONS[title] + f" Listed as in {_names(shared)}." * bool(shared), ""]
+        for point in listed:
+            lines += [*_entry(point, sentences[point.name], shared), ""]
     lines += ["## Aliases", "", "| alias | point |", "|---|---|"]
     lines += [f"| {alias} | {name} |" for alias, name in sorted(_aliases(points))]
     return "\n".join([*lines, ""])
 
 
-def _entry(point: Point, sentence: str) -> Iterator[str]:
+def _entry(point: Point, sentence: str, of_all: list[str]) -> Iterator[str]:
     yield f"`{point.name}` [{point.axes}]"
     yield f": {sentence}" + ("" if point.is_default else " Computed when named.")
     if point.aliases:
@@ -268,10 +387,16 @@ def _entry(point: Point, sentence: str) -> Iterator[str]:
             for alias, families in point.aliases.items()
         ]
         yield f"  Also {', '.join(shown)}."
-    if len(point.absent) == 1 and len(point.families) < len(*point.absent.values()):
-        yield f"  Only in {_names(point.families)}; in the others, {next(iter(point.absent))}."
+    if point.families == of_all:
+        return  # the section says where they are
+    reasons = {reason: families for reason, families in point.absent.items() if reason}
+    if len(reasons) < len(point.absent):
+        yield f"  Only in {_names(point.families)}."
         return
-    for reason, families in point.absent.items():
+    if len(reasons) == 1 and len(point.families) < len(*reasons.values()):
+        yield f"  Only in {_names(point.families)}; in the others, {next(iter(reasons))}."
+        return
+    for reason, families in reasons.items():
         yield f"  Absent in {_names(families)}: {reason}."
 
 
@@ -287,7 +412,7 @@ def _only(families: list[str], of: list[str]) -> str:
 def _aliases(points: list[Point]) -> Iterator[tuple[str, str]]:
     for point in points:
         for alias, families in point.aliases.items():
-            is_shared = sum(alias in other.aliases for other in points) > 1
+            is_shared = sum(alias in (other.name, *other.aliases) for other in points) > 1
             yield f"`{alias}`", f"`{point.name}`{_only(families, [*FAMILIES]) * is_shared}"
 
 

@@ -20,7 +20,7 @@ from .cache import SliceInput
 from .config import BridgeConfig, read_config
 from .example import FAILURES, examples
 from .infer import architecture_of
-from .inputs import Inputs, prepare
+from .inputs import Inputs, is_encoder_decoder, prepare
 from .layers import Layers
 from .listening import Hooks, Listening
 from .points import build_registry
@@ -319,10 +319,14 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
             self._check_residual(input)
             if stop is not None and stop < start:
                 raise InputError(f"stop_at_layer={stop} comes before start_at_layer={start}")
+        value = input if start is None else input.detach()
+        if start is not None and is_encoder_decoder(self._inner):
+            self._enter_decoder(value, hf_kwargs)
+            value = None
         inputs = prepare(
             self._inner,
             self._tokens,
-            input if start is None else input.detach(),
+            value,
             device=self.device,
             prepend_bos=prepend_bos,
             padding_side=padding_side,
@@ -335,6 +339,15 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
         return out if stop is not None else self._answer(out, inputs, return_type, loss_per_token)
 
     __call__ = forward
+
+    def _enter_decoder(self, residual: Tensor, given: dict[str, Any]) -> None:
+        """Prepare a run that enters a decoder late: its stream is given, the encoder's side must be."""
+        if not {"encoder_outputs", "input_ids", "inputs_embeds"} & set(given):
+            raise InputError(
+                "start_at_layer enters the decoder: say what it attends to, as encoder_outputs= or input_ids="
+            )
+        if "decoder_input_ids" not in given:
+            given.setdefault("decoder_inputs_embeds", residual)
 
     def _run(self, inputs: Inputs, residual: Any, start: int | None, stop: int | None) -> Any:
         if start is not None and start == stop:
@@ -525,7 +538,8 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
             padding_side="left",  # new tokens are appended on the right
         )
         given = dict(inputs.kwargs)
-        given.pop("position_ids", None)  # generate makes its own from the mask
+        for made in ("position_ids", "decoder_input_ids"):
+            given.pop(made, None)  # generate makes its own
         try:
             return self._stack.generate({**given, **kwargs})
         except (IndexError, RuntimeError) as error:

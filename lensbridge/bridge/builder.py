@@ -78,8 +78,8 @@ class Builder:
         self.shape: tuple[int, ...] | None = None
         self.stream = STREAM
         self.size: tuple[int, ...] = ()
-        if self.seen is not None and block is not None:
-            visits = self.seen.visits[block.path]
+        visits = self.seen.visits.get(block.path) if self.seen and block else None
+        if visits and block is not None:
             self.calls = len(visits)
             entering = visits[block.call].entering
             if isinstance(entering, Tensor):

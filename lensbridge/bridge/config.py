@@ -124,7 +124,8 @@ def _width(tower: Tower) -> int | None:
     """Width of the stream, as the watched run shows it."""
     if tower.seen is None or not tower.blocks:
         return None
-    entering = tower.seen.visits[tower.blocks[0].path][0].entering
+    visits = tower.seen.visits.get(tower.blocks[0].path)
+    entering = visits[0].entering if visits else None
     return None if entering is None or entering.dim() != 3 else int(entering.shape[-1])
 
 

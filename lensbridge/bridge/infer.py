@@ -106,6 +106,7 @@ def _watch(
     wanted = {path for path, _ in model.named_modules()}
     size = sum(p.numel() for p in model.parameters())
     reasons: list[str] = []
+    passed: Trace | None = None  # a run that passed everything but the layers
     twins: dict[str, nn.Module] = {}
     devices = ("meta", "cpu") if size <= _SMALL else ("meta",)
     count = len(list(_inputs(model, "meta", example)))
@@ -123,8 +124,9 @@ def _watch(
             continue
         if any(path in seen.visits for path in main):
             return seen, ""
-        reasons.append(f"a run on {', '.join(given)} did not reach the layers")
-    return None, reasons[-1] if reasons else "no input for it is known"
+        reasons.append(f"in a run on {', '.join(given)} the layers were not called")
+        passed = seen if passed is None else passed
+    return passed, reasons[-1] if reasons else "no input for it is known"
 
 
 def _inputs(
@@ -197,13 +199,17 @@ class _Reader:
         ran = seen is not None and any(path in seen.visits for path in stack.blocks)
         self.seen = seen if ran else None
         if seen is not None and not ran:
-            self.why = f"{stack.path} did not run on the example that was tried"
+            self.why = why or f"{stack.path} did not run on the example that was tried"
+        self.passed = seen
 
     def tower(self) -> Tower:
         stack, seen = self.stack, self.seen
         if seen is None:
             blocks = tuple(Block(path, unproved=self.why) for path in stack.blocks)
-            return Tower(stack.prefix, blocks, unproved=self.why)
+            embed = None
+            if self.passed is not None and stack.prefix == "":
+                embed = _path_of(self.model, "get_input_embeddings")
+            return Tower(stack.prefix, blocks, embed, seen=self.passed, unproved=self.why)
         inside: dict[str, list[str]] = {path: [] for path in stack.blocks}
         for path in seen.visits:
             home = path
@@ -255,9 +261,9 @@ class _Reader:
         found = [path for path in found if has_weights(self.model.get_submodule(path))]
         row = table.row_of(self.model) if self.stack.prefix in ("", "decoder_") else {}
         getter = row.get("embed") or _path_of(self.model, "get_input_embeddings")
-        ours = self.stack.prefix in ("", "decoder_")
-        own = getter in found or (self.stack.prefix == "" and getter in seen.visits)
-        embed = getter if own else next(iter(found), getter if ours else None)
+        tokens = [p for p in found if not any(word in p for word in (*table.POSITIONS, "type"))]
+        is_getters = getter in found or (self.stack.prefix == "" and getter in seen.visits)
+        embed = getter if is_getters else next(iter(tokens), None) or self.looked_up(seen, first)
         pos = row.get("pos_embed") or next(
             (p for p in found if p != embed and any(word in p for word in table.POSITIONS)), None
         )
@@ -266,6 +272,23 @@ class _Reader:
         if embed is None:
             absent["embed"] = "no embedding layer was seen to make the first layer's input"
         return embed, pos, ln
+
+    def looked_up(self, seen: Trace, first: Block) -> str | None:
+        """The embedding that was called with ids beside this tower's layers, before them."""
+        home = self.stack.path.rpartition(".")[0]
+        start = seen.visits[first.path][first.call].began
+        for path, visits in seen.visits.items():
+            ids = visits[0].entering
+            if (
+                path.rpartition(".")[0] == home
+                and visits[0].ended < start
+                and isinstance(self.model.get_submodule(path), nn.Embedding)
+                and isinstance(ids, torch.Tensor)
+                and not ids.is_floating_point()
+                and not any(word in path for word in table.POSITIONS)
+            ):
+                return path
+        return None
 
     def makers(self, seen: Trace) -> dict[str, Visit]:
         found: dict[str, Visit] = {}

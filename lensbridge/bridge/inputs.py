@@ -128,7 +128,7 @@ def _with_mask(
             kwargs["position_ids"] = positions_from_mask(mask)
     kwargs = {**kwargs, **given}
     if is_encoder_decoder(model):
-        ids, mask = _for_decoder(model, kwargs, ids)
+        ids, mask = _for_decoder(model, kwargs, ids, mask)
     if device is not None:
         kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
         ids = None if ids is None else ids.to(device)
@@ -142,11 +142,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _for_decoder(
-    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None
+    model: nn.Module, kwargs: dict[str, Any], ids: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Give the decoder its ids - the input's, shifted right, unless the caller brought some; and its mask."""
     kind: Any = type(model)
     names, _ = _parameters(kind)
+    real = kwargs.get("decoder_attention_mask")
     brought = {"decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs"} & set(
         kwargs
     )
@@ -167,8 +168,12 @@ def _for_decoder(
             kwargs["decoder_input_ids"] = torch.full((rows, 1), start)
         else:
             first = torch.full_like(ids[:, :1], start)
+            if mask is not None and mask.dim() == 2:
+                # Padding goes behind, where a decoder does not look: rows stay what they are alone.
+                order = mask.long().argsort(dim=1, descending=True, stable=True)
+                ids, real = ids.gather(1, order), mask.gather(1, order)
             kwargs["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
-    return kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    return kwargs.get("decoder_input_ids"), real
 
 
 def _has_gap(mask: Tensor) -> bool:
@@ -205,7 +210,7 @@ def takes_positions(model: nn.Module) -> bool:
     kind: Any = type(model)  # to mypy, a class of modules is not hashable
     names, _ = _parameters(kind)
     return "position_ids" in names and not any(
-        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in path
+        getattr(module, "padding_idx", None) is not None and "position_embeddings" in path
         for path, module in model.named_modules()
     )
 

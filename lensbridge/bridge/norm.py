@@ -32,7 +32,9 @@ def describe_norm(module: nn.Module, path: str) -> Norm:
     if eps is None:
         return Norm(path)
     weights = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
-    key = (type(module), eps, *weights.items())
+    facts = {n: v for n, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
+    facts.pop("training", None)
+    key = (type(module), eps, *weights.items(), *facts.items())
     if key not in _FORMULAS:
         _FORMULAS[key] = _find_formula(module, weights, eps)
     found = _FORMULAS[key]

@@ -174,7 +174,8 @@ def between(build: Builder, name: str, one: Block, index: int) -> None:
     """The stream between a branch and the next."""
     branches = one.branches
     last = index == len(branches) - 1
-    mid = f"{name}.hook_resid_mid" + (str(index + 1) if index else "")
+    count = sum(not branch.joins for branch in branches[: index + 1])
+    mid = f"{name}.hook_resid_mid" + (str(count) if count > 1 else "")
     if one.unproved:
         build.lacks(one.unproved, mid)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -36,13 +37,17 @@ _NOTHING = nullcontext()
 INSIDE_ATTENTION = (".hook_attn_scores", ".hook_pattern", ".hook_rot_q", ".hook_rot_k")
 
 
-def block_kind(tower: Tower) -> tuple[type, int]:
-    """What the layers of a tower return, as the watched run showed it."""
+def block_kind(tower: Tower) -> tuple[type, int, bool]:
+    """What the layers of a tower return, as the watched run shows; whether that is more than the stream."""
     visits = (
-        [] if tower.seen is None or not tower.blocks else tower.seen.visits[tower.blocks[0].path]
+        []
+        if tower.seen is None or not tower.blocks
+        else tower.seen.visits.get(tower.blocks[0].path, [])
     )
     out = visits[0].output if visits else None
-    return (type(out), len(out)) if isinstance(out, (tuple, list)) else (Tensor, 1)
+    if not isinstance(out, (tuple, list)):
+        return Tensor, 1, False
+    return type(out), len(out), any(isinstance(item, Tensor) for item in out[1:])
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error: it carries the answer out of the model
@@ -147,19 +152,41 @@ class Stack:
             finally:
                 discard([listener])
             return
-        kind, length = self.block_kind
+        kind, length, hands_on = self.block_kind
+        if hands_on:
+            raise InputError(
+                "start_at_layer: the layers of this model hand on more than the residual stream (a position "
+                "bias, say), so it cannot be entered late"
+            )
 
         def skip(hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
             if kind is Tensor:
                 return residual
             return kind([residual, *[None] * (length - 1)])
 
-        skipped = self.blocks[:layer]
+        # A module that is several layers is skipped as often as it stands before the layer.
+        left = Counter(id(block) for block in self.blocks[:layer])
+        skipped = list({id(block): block for block in self.blocks[:layer]}.values())
         own = [block.__dict__.get("forward") for block in skipped]
+
+        def counted(block: nn.Module, forward: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if left[id(block)]:
+                    left[id(block)] -= 1
+                    return skip(*args, **kwargs)
+                return (
+                    type(block).forward(block, *args, **kwargs)
+                    if forward is None
+                    else forward(*args, **kwargs)
+                )
+
+            return run
+
+        again = Counter(id(block) for block in self.blocks[layer:])
         muted = self._mute(layer)
         try:
-            for block in skipped:
-                block.__dict__["forward"] = skip
+            for block, forward in zip(skipped, own, strict=True):
+                block.__dict__["forward"] = counted(block, forward) if again[id(block)] else skip
             yield
         finally:
             for block, forward in zip(skipped, own, strict=True):
@@ -227,11 +254,14 @@ def logits_of(out: Any, model: nn.Module) -> Float[Tensor, "*batch d_vocab"]:
     """
     if isinstance(out, tuple):
         return next(item for item in out if isinstance(item, Tensor) and item.dim() > 0)
-    logits = getattr(out, "logits", None)
+    logits = next(
+        (x for n in ("logits", "logits_per_image") if (x := getattr(out, n, None)) is not None),
+        None,
+    )
     if logits is None:
         raise InputError(
-            f"{type(model).__name__} returns no logits ({', '.join(out.keys())}); "
-            "use return_type=None, run_with_cache, or load the model with its head"
+            f"{type(model).__name__} returns no logits ({', '.join(out.keys())}); pass return_type=None "
+            "(to run_with_cache, too), or load the model with its head"
         )
     return logits
 

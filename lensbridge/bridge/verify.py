@@ -188,7 +188,7 @@ class _Checks:
         if any(f"{here}.hook_{branch.name}_out" not in cache for branch in block.branches):
             return
         at, state = f"{here}.hook_in", cache[f"{here}.hook_in"]
-        words = "resid_pre"
+        words, count = "resid_pre", 0
         for index, branch in enumerate(block.branches):
             norm = f"{here}.ln{branch.number}"
             if branch.place == "stream" and not branch.joins:
@@ -201,7 +201,8 @@ class _Checks:
             words += f" + {branch.name}_out"
             if index + 1 < len(block.branches) and block.branches[index + 1].joins:
                 continue
-            mid = f"{here}.hook_resid_mid{index + 1 if index else ''}"
+            count += 1
+            mid = f"{here}.hook_resid_mid{count if count > 1 else ''}"
             if branch.place == "after":
                 at = f"{norm}.hook_in"
                 self.near(

@@ -90,6 +90,7 @@ def blocks_of(registry: HookRegistry, name: str) -> BlocksView:
 def outline(registry: HookRegistry, architecture: Architecture) -> str:
     """A model as a tree: points with axes and aliases, one layer for each kind, and what is absent."""
     lines: list[str] = []
+    samples: list[str] = []
     for tower in architecture.towers:
         kinds: dict[tuple[str, ...], list[int]] = {}
         for index in range(len(tower.blocks)):
@@ -98,8 +99,9 @@ def outline(registry: HookRegistry, architecture: Architecture) -> str:
             )
         shown = {f"{tower.prefix}blocks.{found[0]}": found for found in kinds.values()}
         lines += _tower(registry, tower, shown)
+        samples += [f"{name}." for name in shown]
     lines += [_line(p, n, "") for n, p in registry.items() if n.startswith("unembed.")]
-    lines += _absent(registry, architecture)
+    lines += _absent(registry, samples)
     return "\n".join(lines)
 
 
@@ -145,19 +147,20 @@ def shape(point: HookPoint) -> str:
     )
 
 
-def _absent(registry: HookRegistry, architecture: Architecture) -> Iterator[str]:
-    """Why the main tower's first layers lack what they lack, a line a reason."""
+def _absent(registry: HookRegistry, samples: list[str]) -> Iterator[str]:
+    """Why a model, and the first layer of each kind, lack what they lack; a line a reason."""
     reasons: dict[str, list[str]] = {}
-    start = f"{architecture.main.prefix}blocks.0."
     for name, reason in registry.absent.items():
-        if name.startswith(start) or not re.search(r"blocks\.\d", name):
-            names = reasons.setdefault(reason, [])
-            own = name.removeprefix(start)
-            part = own.rpartition(".")[0] or own
-            if any(held.startswith((f"{start}{part}.", f"{part}.")) for held in registry):
-                part = own  # the part is there; this is one place of it
-            if part not in names:
-                names.append(part)
+        start = next((start for start in samples if name.startswith(start)), "")
+        if not start and re.search(r"blocks\.(\d|{i})", name):
+            continue
+        own = name.removeprefix(start)
+        part = own.rpartition(".")[0] or own
+        if any(held.startswith(f"{start}{part}.") for held in registry):
+            part = own  # the part is there; this is one place of it
+        names = reasons.setdefault(reason, [])
+        if part not in names:
+            names.append(part)
     if reasons:
         yield "absent:"
     for reason, names in reasons.items():

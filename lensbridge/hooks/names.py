@@ -28,7 +28,7 @@ what is added to the stream, so they follow a norm after the branch; ``hook_mlp_
 the MLP reads, or the MLP itself where none is before it; ``mlp.hook_pre`` is the gate of a gated MLP and the
 only input projection of a plain one."""
 
-_KINDS = re.compile(r"\.((?:cross_)?(attn|mlp)\d*)(?=\.)")
+_KINDS = re.compile(r"\.((?:cross_)?(attn|mlp)(?:\d+|\.shared)?)(?=\.)")
 
 _IN_ATTENTION = (
     "q",

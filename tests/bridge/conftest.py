@@ -33,6 +33,12 @@ def byhand() -> Any:
     return _load("byhand")
 
 
+@pytest.fixture(scope="session")
+def plain() -> Any:
+    """The module `plain.py`."""
+    return _load("plain")
+
+
 _SHARED: dict[str, Any] = {}
 
 

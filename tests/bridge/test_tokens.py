@@ -269,3 +269,62 @@ def test_nothing_to_tokenize(made: Any) -> None:
     """An empty list is an error, not an empty batch."""
     with pytest.raises(InputError, match="empty list"):
         made("plain").to_tokens([])
+
+
+# --- positions of padded rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "takes"),
+    [
+        ("gpt2", "causal", True),
+        ("llama", "causal", True),
+        ("opt", "causal", True),
+        ("bert", "masked", True),
+        # These count positions from behind the padding index and find padding by its id.
+        ("roberta", "causal", False),
+        ("roberta", "masked", False),
+        ("xlm-roberta", "masked", False),
+        ("ibert", "masked", False),
+        ("luke", "masked", False),
+        ("longformer", "masked", False),
+    ],
+)
+def test_position_ids_of_padded_rows(tiny: Any, name: str, kind: str, takes: bool) -> None:
+    """Left padding brings position ids along, except where the model counts from its padding index."""
+    model = tiny(name, kind)
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[PAD, PAD, 20, 21, 22], [30, 31, 32, 33, 34]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ids[0, :2] = PAD if pad is None else pad
+    given: list[dict[str, Any]] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(dict(kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        batch = TransformerBridge(model)(ids, attention_mask=mask)
+        handle.remove()
+        assert ("position_ids" in given[-1]) == takes
+        if takes:
+            assert given[-1]["position_ids"][0, 2:].tolist() == [0, 1, 2]
+            assert given[-1]["position_ids"][1].tolist() == [0, 1, 2, 3, 4]
+        if name == "ibert":
+            return  # it rounds to steps that depend on the largest value in the batch
+        for row, start in ((0, 2), (1, 0)):
+            alone = model(ids[row : row + 1, start:]).logits
+            torch.testing.assert_close(batch[row : row + 1, start:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "causal"), ("roberta", "masked")])
+def test_right_padding_needs_no_positions(tiny: Any, name: str, kind: str) -> None:
+    """Padding behind the tokens leaves positions as they are, and none are passed."""
+    model = tiny(name, kind)
+    given: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(dict(kwargs)), with_kwargs=True
+    )
+    ids = torch.tensor([[20, 21, 22, 1, 1], [30, 31, 32, 33, 34]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        TransformerBridge(model)(ids, attention_mask=mask)
+    assert "position_ids" not in given[-1]

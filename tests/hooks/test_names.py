@@ -165,7 +165,6 @@ def test_every_name_maps_back_through_its_aliases(template: str, layer: int) -> 
         ("z", 3),
         ("pre", 3),
         ("post", 3),
-        ("mlp_in", 3),
         ("embed", None),
         ("pos_embed", None),
         ("unembed", None),
