@@ -221,13 +221,21 @@ class AttentionSpan(Span):
             if new is not None:
                 query = new.transpose(1, 2).reshape(query.shape)
         if k_point is not None and (k_point.fwd or k_point.bwd):
-            times = key.shape[1] // self.n_key_value_heads
-            own = key[:, ::times] if times > 1 else key  # undo repeat_kv
+            own, spread = self._own_heads(key)
             new = k_point.fire(own.transpose(1, 2))
             if new is not None:
-                key = new.transpose(1, 2)
-                key = key.repeat_interleave(times, dim=1) if times > 1 else key
+                key = spread(new.transpose(1, 2))
         return query, key
+
+    def _own_heads(self, key: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The keys before they were repeated for the query heads, and how to repeat them again."""
+        n = self.n_key_value_heads
+        times = key.shape[1] // n
+        if times > 1 and torch.equal(key[:, 0], key[:, 1]):
+            return key[:, ::times], lambda x: x.repeat_interleave(times, dim=1)
+        if times > 1 and torch.equal(key[:, 0], key[:, n]):
+            return key[:, :n], lambda x: x.repeat(1, times, 1, 1)
+        return key, lambda x: x
 
     def _fire_square(self, point: HookPoint, x: Tensor) -> Tensor:
         """Fire scores or pattern in [batch, head, query, key]; give back the model's own layout."""

@@ -84,6 +84,8 @@ class Builder:
             entering = visits[block.call].entering
             if isinstance(entering, Tensor):
                 self.shape = tuple(entering.shape[:2])
+                if self.shape == (LENGTH, ROWS):  # positions come first
+                    self.shape = (ROWS, LENGTH)
                 self.stream = _stream_axes(entering)
                 self.size = tuple(entering.shape)
 

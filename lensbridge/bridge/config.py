@@ -95,7 +95,7 @@ def read_config(model: nn.Module, architecture: Architecture) -> BridgeConfig:
         positions = "rotary" if attn is not None and attn.is_rotary else "other"
     first = next(model.parameters(), None)
     return BridgeConfig(
-        d_model=_width(architecture.main) or getattr(hf, "hidden_size", None),
+        d_model=getattr(hf, "hidden_size", None) or _width(architecture.main),
         n_layers=len(architecture.blocks),
         n_heads=None if attn is None else attn.n_heads,
         d_vocab=getattr(hf, "vocab_size", None),

@@ -19,6 +19,8 @@ def graft(
     """
     recomputed = recomputed.to(original.dtype)
     if not (torch.is_grad_enabled() and recomputed.requires_grad):
-        return torch.where(untouched, original, recomputed)
+        made = torch.where(untouched, original, recomputed)
+        # Models view what they made: the layout is part of the value.
+        return made.contiguous() if original.is_contiguous() else made
     difference = (original - recomputed).detach()
     return recomputed + torch.where(untouched, difference, torch.zeros_like(difference))

@@ -125,7 +125,7 @@ def _with_mask(
             and _has_gap(mask)
             and takes_positions(model)
         ):
-            kwargs["position_ids"] = positions_from_mask(mask)
+            kwargs["position_ids"] = positions_from_mask(mask) + first_position(model)
     kwargs = {**kwargs, **given}
     if is_encoder_decoder(model):
         ids, mask = _for_decoder(model, kwargs, ids, mask)
@@ -210,9 +210,18 @@ def takes_positions(model: nn.Module) -> bool:
     kind: Any = type(model)  # to mypy, a class of modules is not hashable
     names, _ = _parameters(kind)
     return "position_ids" in names and not any(
-        getattr(module, "padding_idx", None) is not None and "position_embeddings" in path
+        getattr(module, "padding_idx", None) is not None and "position" in path
         for path, module in model.named_modules()
     )
+
+
+def first_position(model: nn.Module) -> int:
+    """Where a model starts counting: 0, unless it keeps its positions and they start elsewhere (MRA)."""
+    for module in model.modules():
+        held = module._buffers.get("position_ids")
+        if held is not None and held.numel() and held.device.type != "meta":
+            return int(held.flatten()[0])
+    return 0
 
 
 def check_keywords(model: nn.Module, given: dict[str, Any]) -> None:

@@ -106,7 +106,8 @@ def block(build: Builder, name: str, one: Block) -> None:
     build.add(f"{name}.hook_in", one.path, places.whole_input(), build.stream)
     _missing(build, name, one)
     if one.unproved:
-        ends = ("hook_attn_out", "hook_mlp_out", "hook_mlp_in", "hook_resid_mid")
+        ends = ["hook_attn_out", "hook_mlp_out", "hook_mlp_in", "hook_resid_mid"]
+        ends += [f"hook_{branch.name}_out" for branch in one.branches]
         build.lacks(one.unproved, *(f"{name}.{end}" for end in ends))
     for index, branch in enumerate(one.branches):
         if branch.ln is not None and branch.place != "after" and not _shares(one, index):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -286,18 +287,28 @@ def watch(
     handles: list[RemovableHandle] = []
     try:
         for name, module in modules.items():
-
-            def begin(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                with torch._C.DisableTorchFunction():
-                    before(name, args, kwargs)
-
-            def end(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                with torch._C.DisableTorchFunction():
-                    after(name, output)
-
+            begin, end = partial(_begin, before, name), partial(_end, after, name)
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _begin(
+    before: Callable[[str, tuple[Any, ...], dict[str, Any]], None],
+    name: str,
+    _: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    with torch._C.DisableTorchFunction():
+        before(name, args, kwargs)
+
+
+def _end(
+    after: Callable[[str, Any], None], name: str, _: nn.Module, args: Any, output: Any
+) -> None:
+    with torch._C.DisableTorchFunction():
+        after(name, output)
