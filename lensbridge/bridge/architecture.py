@@ -246,6 +246,7 @@ class Tower:
         pos_embed: Path of a learned position embedding.
         rotary: Path of the module that computes rotary cosines and sines.
         ln_embed: Norm between the embeddings and the first layer.
+        embed_scale: Factor between the token embedding and the stream (or that norm); None when more happens.
         ln_final: Norm behind the last layer.
         absent: Roles that were looked for and not found, with what was tried.
         root: Path of the model the tower was run in; empty for the whole.
@@ -259,6 +260,7 @@ class Tower:
     pos_embed: str | None = None
     rotary: str | None = None
     ln_embed: Norm | None = None
+    embed_scale: float | None = None
     ln_final: Norm | None = None
     absent: dict[str, str] = field(default_factory=dict, hash=False)
     root: str = ""

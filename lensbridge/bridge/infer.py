@@ -122,7 +122,7 @@ def _watch(
         except FAILURES as error:
             reasons.append(f"a run on {device} failed: {type(error).__name__}: {str(error)[:150]}")
             continue
-        if any(path in seen.visits for path in main):
+        if not main or any(path in seen.visits for path in main):
             return seen, ""
         reasons.append(f"in a run on {', '.join(given)} the layers were not called")
         passed = seen if passed is None else passed
@@ -204,6 +204,8 @@ class _Reader:
 
     def tower(self) -> Tower:
         stack, seen = self.stack, self.seen
+        if not stack.blocks and self.why == "":
+            self.why = "no module of this model is a layer; see raw: points"
         if seen is None:
             blocks = tuple(Block(path, unproved=self.why) for path in stack.blocks)
             embed = None
@@ -232,7 +234,7 @@ class _Reader:
             if seen.before.get(into(after.path, after.call)) != out:
                 layers[index] = replace(here, is_chained=False)
         absent: dict[str, str] = {}
-        embed, pos_embed, ln_embed = self.entry(seen, layers[0], absent)
+        embed, pos_embed, ln_embed, scale = self.entry(seen, layers[0], absent)
         return Tower(
             stack.prefix,
             tuple(layers),
@@ -240,6 +242,7 @@ class _Reader:
             pos_embed=pos_embed,
             rotary=self.rotary(seen, absent),
             ln_embed=ln_embed,
+            embed_scale=scale,
             ln_final=self.ln_final(seen, layers, absent),
             absent=absent,
             seen=seen,
@@ -247,7 +250,7 @@ class _Reader:
 
     def entry(
         self, seen: Trace, first: Block, absent: dict[str, str]
-    ) -> tuple[str | None, str | None, Norm | None]:
+    ) -> tuple[str | None, str | None, Norm | None, float | None]:
         """What the first layer's input is made of: embeddings, positions, a norm."""
         terms = seen.before.get(into(first.path, first.call), {})
         makers = self.makers(seen)
@@ -271,7 +274,8 @@ class _Reader:
             absent["pos_embed"] = "no learned position embedding is added to the token embedding"
         if embed is None:
             absent["embed"] = "no embedding layer was seen to make the first layer's input"
-        return embed, pos, ln
+        scales = [c for t, c in terms.items() if t in makers and makers[t].path == embed]
+        return embed, pos, ln, scales[0] if scales else None
 
     def looked_up(self, seen: Trace, first: Block) -> str | None:
         """The embedding that was called with ids beside this tower's layers, before them."""

@@ -6,7 +6,7 @@ execution order.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..hooks import HookPoint, HookRegistry
 from . import places
@@ -96,6 +96,26 @@ def head(build: Builder) -> None:
         build.add("unembed.hook_out", a.unembed, places.whole_output(), "batch pos d_vocab")
     else:
         build.lacks(a.absent.get("unembed", "no head"), "unembed.hook_in", "unembed.hook_out")
+    taken: set[str] = set()
+    for own, path in a.projectors:
+        name = "projector" if "projector" not in taken else f"projector_{own}"
+        if name not in taken:
+            projector(build, name, path)
+        taken.add(name)
+
+
+def projector(build: Builder, name: str, path: str) -> None:
+    """What carries a tower's output to the text model; images may not have been in the watched run."""
+    visit = build.visit(path)
+    for end, tap in (("hook_in", places.whole_input()), ("hook_out", places.whole_output())):
+        value = None if visit is None else visit.entering if end == "hook_in" else visit.value
+        if isinstance(value, Tensor) and value.dim() in (2, 3):
+            axes = STREAM if value.dim() == 3 else "pos d_model"
+            build.add(f"{name}.{end}", path, tap, axes)
+        else:
+            point = HookPoint(f"{name}.{end}", axes="...", is_default=False)
+            build.site(path).add(tap, point)
+            build.points.append(point)
 
 
 # --- a block ----------------------------------------------------------------------------------

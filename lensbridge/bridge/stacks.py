@@ -47,6 +47,8 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         ArchitectureError: There is none.
     """
     row = table.row_of(model)
+    if row.get("blocks") == "":
+        return (Stack("", ()),)
     if "blocks" in row:
         found = [Stack(row["blocks"], tuple(_rowed(model, row["blocks"])))]
     else:

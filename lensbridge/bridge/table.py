@@ -84,9 +84,13 @@ MIXERS = (
 """Parts of a name that say positions are mixed, where the run does not show it (loops over positions)."""
 
 ROLES = ("blocks", "embed", "pos_embed", "ln_final", "unembed")
-ROWS: dict[str, dict[str, str]] = {}
+ROWS: dict[str, dict[str, str]] = {
+    # Attention, norms and MLPs stand in four lists of their own; there is no module that is a layer.
+    "XLMPreTrainedModel": {"blocks": ""},
+    "FlaubertPreTrainedModel": {"blocks": ""},
+}
 """Class name of a model -> role -> path of the module. ``blocks`` is the list of layers, or a glob over paths
-where they are in none (``"trunk.cell_*"``)."""
+where they are in none (``"trunk.cell_*"``); empty where no module is a layer."""
 
 
 def add_row(class_name: str, **roles: str) -> None:

@@ -146,3 +146,39 @@ def test_the_users_model_is_not_run(tiny: Any) -> None:
     assert TransformerBridge(model).architecture.unproved == ""
     assert seen == []
     assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("name", "scale"), [("t5gemma", 8.0), ("t5", 1.0)])
+def test_embedding_scale(tiny: Any, name: str, scale: float) -> None:
+    """Gemma multiplies embeddings by the root of d_model."""
+    bridge = TransformerBridge(tiny(name, "seq2seq"))
+    assert [tower.embed_scale for tower in bridge.architecture.towers] == [scale, scale]
+
+
+@pytest.mark.parametrize("name", ["xlm", "flaubert"])
+def test_a_model_without_layer_modules(tiny: Any, name: str, ids: Tensor) -> None:
+    """Its row says so: it boots, has no blocks, and its parts are reached under their own names."""
+    model = tiny(name, "masked")
+    bridge = TransformerBridge(model)
+    assert len(bridge.blocks) == 0
+    assert torch.equal(bridge(ids), model(ids).logits)
+    kept: list[Tensor] = []
+    part = model.transformer.attentions[1]
+    handle = part.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    _, cache = bridge.run_with_cache(ids, names_filter=["raw:transformer.attentions.1"])
+    handle.remove()
+    assert torch.equal(cache["raw:transformer.attentions.1"], kept[0])
+
+
+def test_projector(tiny: Any, inputs_of: Any) -> None:
+    """What carries images to the text model has points; an edit there is the edit by hand."""
+    model, inputs = tiny("llava", "vlm"), inputs_of("llava", "vlm")
+    bridge = TransformerBridge(model, example=inputs)
+    module = model.get_submodule(dict(bridge.architecture.projectors)["multi_modal_projector"])
+    handle = module.register_forward_hook(lambda module, args, out: out * 0)
+    expected = model(**inputs).logits
+    handle.remove()
+    zero = [("projector.hook_out", lambda x, hook: x * 0)]
+    found = bridge.run_with_hooks(fwd_hooks=zero, **inputs)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model(**inputs).logits)
