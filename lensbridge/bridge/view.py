@@ -100,7 +100,9 @@ def outline(registry: HookRegistry, architecture: Architecture) -> str:
         shown = {f"{tower.prefix}blocks.{found[0]}": found for found in kinds.values()}
         lines += _tower(registry, tower, shown)
         samples += [f"{name}." for name in shown]
-    lines += [_line(p, n, "") for n, p in registry.items() if n.startswith(("unembed.", "projector"))]
+    lines += [
+        _line(p, n, "") for n, p in registry.items() if n.startswith(("unembed.", "projector"))
+    ]
     lines += _absent(registry, samples)
     return "\n".join(lines)
 
