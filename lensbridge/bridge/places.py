@@ -296,7 +296,7 @@ def head_results(n: int, d: int) -> Tap:
     return Tap("output", read, write)
 
 
-def _results(module: nn.Module, z: Float[Tensor, "batch pos head d_head"]) -> Tensor:
+def _results(module: nn.Module, z: Float[Tensor, "*rows head d_head"]) -> Tensor:
     n, d = z.shape[-2:]
     with align_module_device(module):
         weight = _plain_weight(module)
