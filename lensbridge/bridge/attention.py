@@ -98,7 +98,7 @@ class AttentionSpan(Span):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        scale: float | None = None,
+        scale: float | int | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
         q, k = self._fire_rotated(query, key)
