@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ..hooks import HookPoint, Span
 
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_ADDING = {torch.baddbmm, Tensor.baddbmm}
-_PRODUCT = {
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+ADDING_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
+PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
     torch.bmm,
     Tensor.bmm,
     torch.einsum,
-    *_ADDING,
+    *ADDING_PRODUCTS,
 }
-_WATCHED = _SOFTMAX | _PRODUCT | {F.scaled_dot_product_attention}
+_WATCHED = SOFTMAX | PRODUCTS | {F.scaled_dot_product_attention}
 
 
 class AttentionSpan(Span):
@@ -79,7 +79,7 @@ class AttentionSpan(Span):
         if func in _WATCHED:
             if func is F.scaled_dot_product_attention:
                 return self._fused(*args, **kwargs)
-            if func in _PRODUCT:
+            if func in PRODUCTS:
                 return self._product(func, args, kwargs)
             return self._softmax(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -157,7 +157,7 @@ class AttentionSpan(Span):
     def _product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if func in _ADDING:
+        if func in ADDING_PRODUCTS:
             return self._adding_product(func, args, kwargs)
         if func is torch.einsum:
             return func(*(self._fire_live(x) for x in args), **kwargs)

@@ -288,7 +288,7 @@ def _norms(architecture: Architecture) -> Iterator[Norm]:
     for tower in architecture.towers:
         parts.append(tower)
         for block in tower.blocks:
-            parts += block.branches
-            parts += [branch.part for branch in block.branches]
+            branches = (*block.branches, *block.inner)
+            parts += [block, *branches, *(branch.part for branch in branches)]
     for part in parts:
         yield from (value for value in vars(part).values() if isinstance(value, Norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -95,18 +96,19 @@ class ActivationCache(Mapping[str, Tensor]):
             name, layer, part = (*key, None, None)[:3]
             if layer is not None:
                 layer = self._layer(layer)
-            full = act_name(name, layer, part)
-            main = self.registry.layers
-            return f"{main}{full[6:]}" if full.startswith("blocks.") else full
+            return self._in_main_tower(act_name(name, layer, part))
         raise InputError(f"a cache key is a name or (name, layer[, part]), got {key!r}")
 
     def _from_shorthand(self, key: str) -> str:
         try:
             full = act_name(key)
-            main = self.registry.layers
-            return f"{main}{full[6:]}" if full.startswith("blocks.") and full != key else full
+            return key if full == key else self._in_main_tower(full)
         except InputError:
             return key  # let the registry suggest names
+
+    def _in_main_tower(self, name: str) -> str:
+        """Shorthand speaks of the tower that ends in the logits, whatever its layers are called."""
+        return re.sub(r"^blocks(?=\.)", self.registry.layers, name)
 
     def _layer(self, layer: Any) -> int:
         if not isinstance(layer, int):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .attention import ADDING_PRODUCTS, PRODUCTS, SOFTMAX
 from .seen import (
     BIAS,
     NO_ROOTS,
@@ -72,10 +73,6 @@ _EXPANDS = {Tensor.expand, Tensor.expand_as}
 _FILLED = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_}
 _BOUNDED = {torch.clamp, Tensor.clamp, Tensor.clamp_}
 _GROWS = {Tensor.expand, Tensor.repeat_interleave, torch.repeat_interleave}
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-_ADDING_MATMUL = {torch.baddbmm, Tensor.baddbmm}
-_PRODUCT = _MATMUL | _ADDING_MATMUL | {torch.einsum}
 _DROPOUT = {F.dropout, torch.dropout}
 _TOPK = {torch.topk, Tensor.topk}
 _ASKS = {Tensor.__bool__, Tensor.__contains__}
@@ -363,7 +360,6 @@ class Follower(TorchFunctionMode):
             )
             square = (*q.shape[:-1], k.shape[-2])
             made = Attended(
-                self.within(),
                 self.operand(q),
                 self.operand(k),
                 self.operand(v),
@@ -372,11 +368,11 @@ class Follower(TorchFunctionMode):
                 self.calls(),
             )
             self.attend(made, v, out)
-        elif func in _SOFTMAX:
+        elif func in SOFTMAX:
             self.softmax(args[0] if args else kwargs["input"], out)
-        elif func in _PRODUCT:
+        elif func in PRODUCTS:
             operands = [x for x in _tensors((*args, *kwargs.values())) if x.dim() >= 3]
-            operands = operands[1:] if func in _ADDING_MATMUL else operands
+            operands = operands[1:] if func in ADDING_PRODUCTS else operands
             if len(operands) == 2:
                 self.product(operands[0], operands[1], out, func is not torch.einsum)
 
@@ -410,7 +406,6 @@ class Follower(TorchFunctionMode):
         q, k, is_plain = self.products[min(made, key=lambda name: int(name.split()[1]))]
         name = self.new_source("pattern")
         self.patterns[name] = self.attended[name] = Attended(
-            self.within(),
             q,
             k,
             Operand(NO_ROOTS, {}, ()),
@@ -427,15 +422,11 @@ class Follower(TorchFunctionMode):
         """When the modules that are running began."""
         return {visit.path: visit.began for visit in self.stack}
 
-    def within(self) -> tuple[str, ...]:
-        """The modules that are running."""
-        return tuple(visit.path for visit in self.stack)
-
     def attend(self, pattern: Attended, v: Tensor, out: Tensor) -> None:
         """A pattern met its values."""
         name = self.new_source("attended")
         self.attended[name] = replace(
-            pattern, within=self.within(), v=self.operand(v), is_complete=True
+            pattern, calls=self.calls(), v=self.operand(v), is_complete=True
         )
         self.name(out, name)
         self.root(out, frozenset({Root(name)}))

@@ -173,8 +173,8 @@ def _alone(model: nn.Module, stack: Stack) -> Tower | None:
         owner: Any = model.get_submodule(path)
         if not hasattr(owner, "_from_config") or not hasattr(owner, "config"):
             continue
-        seen, _ = _watch(owner, (stack,), path)
-        if seen is not None:
+        seen, why = _watch(owner, (stack,), path)
+        if seen is not None and not why:
             return replace(_Reader(model, stack, seen, "").tower(), root=path)
     return None
 

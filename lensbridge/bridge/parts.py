@@ -60,7 +60,7 @@ class Parts:
         entries += [v for v in self.order if v.path in members]
         event = next((self.seen.attended[name] for name in events), None)
         if event is not None:
-            attn = self.attention(event, events, home)
+            attn = self.attention(event, events)
             return attn, [*entries, *self.calls(attn.path)]
         if home is not None and self.router(home) is not None:
             return self.experts(home), entries
@@ -82,7 +82,7 @@ class Parts:
                 for v in self.order
                 if v.terms_out == makes.terms_out
                 and v.path.startswith(makes.path)
-                and has_weights(self.model.get_submodule(v.path))
+                and self.is_weighted(v.path)
             ),
             makes,
         )
@@ -148,11 +148,11 @@ class Parts:
         found: dict[str, Attention] = {}
         for name, event in self.seen.attended.items():
             if event.is_complete and event.calls.get(self.path) == self.began:
-                attn = self.attention(event, [name], None)
+                attn = self.attention(event, [name])
                 found.setdefault(attn.path, attn)
         return list(found.values())
 
-    def attention(self, event: Attended, events: list[str], home: str | None) -> Attention:
+    def attention(self, event: Attended, events: list[str]) -> Attention:
         """The attention module around an event."""
         values = [e.v.roots for e in self.alike(event)]  # some models multiply them in halves
         roles = {"q": event.q.roots, "k": event.k.roots, "v": frozenset().union(*values)}
@@ -198,8 +198,8 @@ class Parts:
             ),
             None,
         )
-        q_norm = self.norm_on(paths["q"], event, path)
-        k_norm = self.norm_on(paths["k"], event, path)
+        q_norm = self.norm_on(paths["q"], path)
+        k_norm = self.norm_on(paths["k"], path)
         return Attention(
             path=path,
             q=shares["q"],
@@ -268,7 +268,7 @@ class Parts:
         """The smallest module that was running around the attention and holds the projections."""
         candidates = [
             path
-            for path in event.within
+            for path in event.calls
             if path.startswith(self.path + ".") and not self.is_weighted(path)
         ]
         if not candidates:
@@ -307,14 +307,12 @@ class Parts:
         value = self.at[projection.path].value
         return value.shape[-1] if isinstance(value, Tensor) else None
 
-    def norm_on(self, paths: list[str], event: Attended, home: str) -> Norm | None:
+    def norm_on(self, paths: list[str], home: str) -> Norm | None:
         """The norm between a projection and the product."""
         if len(paths) != 1:
             return None
         for visit in self.order:
-            if not visit.path.startswith(home + ".") or has_weights(
-                self.model.get_submodule(visit.path)
-            ):
+            if not visit.path.startswith(home + ".") or self.is_weighted(visit.path):
                 continue
             name = type(self.model.get_submodule(visit.path)).__name__.lower()
             if "norm" in name and {r.path for r in visit.roots_in} == set(paths):

@@ -97,16 +97,15 @@ class Attended:
     """One softmax attention.
 
     Attributes:
-        within: Modules that were running, outermost first.
         q, k, v: What was multiplied.
         square: Shape of the pattern.
         nth: Which softmax of each module that was running it is; empty for a fused attention.
-        calls: When each module that was running began, which tells calls of one module apart.
+        calls: The modules that were running, outermost first, and when each began, which tells calls of one
+            module apart.
         is_plain: Whether q and k met in a plain product, [..., query, d] by [..., d, key].
         is_complete: Whether the product of pattern and values was seen as well.
     """
 
-    within: tuple[str, ...]
     q: Operand
     k: Operand
     v: Operand

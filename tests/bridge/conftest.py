@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,14 @@ def _load(name: str) -> ModuleType:
         sys.modules[full] = module
         spec.loader.exec_module(module)
     return sys.modules[full]
+
+
+@pytest.fixture(scope="session")
+def wrapped(tiny: Callable[..., Any]) -> Callable[[str], Any]:
+    """``wrapped("mixtral")``: a bridge around a tiny model, built once, for tests that leave nothing on it."""
+    from lensbridge import TransformerBridge
+
+    return cache(lambda name: TransformerBridge(tiny(name)))
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,6 @@ def _no_grad() -> Any:
         yield
 
 
-_BUILT: dict[str, TransformerBridge] = {}
-
-
 @pytest.fixture(params=sorted(ROUTERS))
 def name(request: pytest.FixtureRequest) -> str:
     """Each architecture in turn."""
@@ -44,11 +41,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def bridge(name: str, tiny: Callable[..., nn.Module]) -> TransformerBridge:
-    """A bridge around a tiny model, built once; no test here leaves anything on it."""
-    if name not in _BUILT:
-        _BUILT[name] = TransformerBridge(tiny(name))
-    return _BUILT[name]
+def bridge(name: str, wrapped: Callable[[str], TransformerBridge]) -> TransformerBridge:
+    """A bridge around a tiny model, shared; no test here leaves anything on it."""
+    return wrapped(name)
 
 
 @pytest.fixture
