@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 
@@ -298,6 +299,15 @@ class Architecture:
         """Why no run has shown the main tower; empty when one has."""
         return self.main.unproved
 
+    @cached_property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Prefixes of towers that do not read, position by position, the text that the main one continues."""
+        main = self.main
+        others = [tower for tower in self.towers if tower is not main]
+        if main.prefix != "decoder_":
+            others = [tower for tower in others if tower.root or _widths(tower) != _widths(main)]
+        return tuple(tower.prefix for tower in others)
+
     def __str__(self) -> str:
         return "\n".join(_lines(self, ""))
 
@@ -331,3 +341,10 @@ def _runs_of_blocks(blocks: tuple[Block, ...], indent: str) -> Iterator[str]:
     for kind, indices in kinds.items():
         yield f"{indent}blocks {', '.join(map(str, indices))}: {kind}; the first of them"
         yield from _lines(blocks[indices[0]], indent + "  ")
+
+
+def _widths(tower: Tower) -> tuple[int, ...]:
+    """Rows and positions of the stream that enters a tower in the run it was watched in."""
+    visits = tower.seen.visits.get(tower.blocks[0].path, ()) if tower.seen and tower.blocks else ()
+    shape = getattr(visits[0].entering, "shape", ()) if visits else ()
+    return tuple(shape[:2])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hooks import HookPoint, Span
+from ..hooks import HookPoint, Span, Step
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 ADDING_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
@@ -222,6 +222,8 @@ class AttentionSpan(Span):
                 query = new.transpose(1, 2).reshape(query.shape)
         if k_point is not None and (k_point.fwd or k_point.bwd):
             own, spread = self._own_heads(key)
+            if query.shape[-2] != key.shape[-2]:
+                _tell_of_keys(k_point, key.shape[-2])
             new = k_point.fire(own.transpose(1, 2))
             if new is not None:
                 key = spread(new.transpose(1, 2))
@@ -251,3 +253,14 @@ class AttentionSpan(Span):
         if x.shape[1] != self.n_heads and x.shape[1] * x.shape[2] == self.n_heads:
             return x.reshape(x.shape[0], self.n_heads, 1, x.shape[3])
         return x
+
+
+def _tell_of_keys(point: HookPoint, n_keys: int) -> None:
+    """Keys kept from earlier passes come along: the tensor begins before this pass does."""
+    clock = point.clock
+    now = None if clock is None else clock.main
+    if clock is None or now is None or now.stop is None or ".cross_attn." in str(point.name):
+        return
+    first = max(now.stop - n_keys, 0)  # a store of fixed size begins at 0 and ends in empty places
+    step = Step(now.number, now.phase, first, first + n_keys, now.prompt_length)
+    clock.others = {str(point.name): step, **clock.others}

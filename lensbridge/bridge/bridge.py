@@ -19,19 +19,15 @@ from .architecture import Architecture, Tower
 from .cache import SliceInput
 from .config import BridgeConfig, read_config
 from .example import FAILURES, examples
+from .generate import Generation
 from .infer import architecture_of
 from .inputs import Inputs, is_encoder_decoder, prepare
 from .layers import Layers
 from .listening import Hooks, Listening
+from .past import with_copied_past
 from .points import build_registry
-from .run import (
-    RETURN_TYPES,
-    Stack,
-    frozen,
-    lm_loss,
-    logits_of,
-    record_run,
-)
+from .record import frozen, record_run
+from .run import RETURN_TYPES, Stack, lm_loss, logits_of
 from .seen import first_item
 from .state import ModelState
 from .text import TextMethods
@@ -42,7 +38,7 @@ from .view import belongs, outline
 _Self = TypeVar("_Self", bound="TransformerBridge")
 
 
-class TransformerBridge(ModelState, Listening, Layers, TextMethods):
+class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
     """A Hugging Face model with canonical, named hook points.
 
     Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the
@@ -86,7 +82,7 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
         self.architecture: Architecture = architecture_of(self._inner, example)
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
-        self._stack = Stack(model, self._inner, self.registry, self.architecture.main)
+        self._stack = Stack(model, self._inner, self.registry, self.architecture)
         embed = self.architecture.main.embed
         self._entry = self._inner if embed is None else self._inner.get_submodule(embed)
         self.processor = processor
@@ -354,6 +350,8 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
             return residual
         try:
             if start is not None:
+                if start:  # the skipped layers would be left behind the others
+                    inputs.kwargs = with_copied_past(inputs.kwargs)
                 with self._stack.entered_at(start, residual):
                     return self._go(inputs, stop)
             return self._go(inputs, stop)
@@ -516,32 +514,3 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods):
             for name, fn in pairs:
                 self.add_hook(name, fn, dir)
         return self.forward(input, *args, **kwargs)
-
-    def hf_generate(
-        self, input: Any = None, *, prepend_bos: bool | None = None, **kwargs: Any
-    ) -> Any:
-        """Hugging Face's ``generate`` on text or ids, hooks live at every step.
-
-        Args:
-            input: Text, a list of texts, or token ids.
-            prepend_bos: As in `forward`.
-            **kwargs: Passed straight to ``generate``.
-        Returns:
-            What ``generate`` returns.
-        """
-        inputs = prepare(
-            self._inner,
-            self._tokens,
-            input,
-            device=self.device,
-            prepend_bos=prepend_bos,
-            padding_side="left",  # new tokens are appended on the right
-        )
-        given = dict(inputs.kwargs)
-        for made in ("position_ids", "decoder_input_ids"):
-            given.pop(made, None)  # generate makes its own
-        try:
-            return self._stack.generate({**given, **kwargs})
-        except (IndexError, RuntimeError) as error:
-            self._explain(error, inputs)
-            raise

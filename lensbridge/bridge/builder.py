@@ -83,10 +83,12 @@ class Builder:
             self.calls = len(visits)
             entering = visits[block.call].entering
             if isinstance(entering, Tensor):
-                self.shape = tuple(entering.shape[:2])
+                self.stream = _stream_axes(entering)
+                axes = self.stream.split()
+                first = axes.index("batch") if {"batch", "pos"} <= set(axes) else 0
+                self.shape = tuple(entering.shape[first : first + 2])
                 if self.shape == (LENGTH, ROWS):  # positions come first
                     self.shape = (ROWS, LENGTH)
-                self.stream = _stream_axes(entering)
                 self.size = tuple(entering.shape)
 
     def site(self, path: str, turn: tuple[int, int] | None = None) -> Site:
@@ -233,11 +235,12 @@ class Builder:
             return "" if value.dim() == wanted else None
         rows, length = self.shape
         if value.dim() == wanted:
-            if axes.startswith("batch pos") and shape[:2] == (length, rows):
+            if not axes.startswith("batch pos"):
+                return ""
+            if shape[:2] == (length, rows):
                 return "pos first"
-            if wanted == 4 and shape[1] != length and shape[2] == length:
-                return "heads first"
-            return ""
+            is_headed = wanted == 4 and shape[1] != length and shape[2] == length
+            return "heads first" if is_headed else ""
         if value.dim() == wanted - 1 and shape[0] == rows * length:
             return "flat"
         if value.dim() == wanted + 1 and shape[1] == 1 and shape[2] == length:

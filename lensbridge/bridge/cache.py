@@ -29,6 +29,10 @@ class ActivationCache(Mapping[str, Tensor]):
         activations: Tensors by canonical name.
         registry: The points, for aliases and for error messages.
         has_batch_dim: Whether dimension 0 is the batch.
+        mask: 1 at real tokens, 0 at padding, [batch, pos], over the positions that are cached; None where no
+            padding was told of.
+        tokens: The ids the model read, [batch, pos]; None where they are not known.
+        left_out: Points that fired and could not be kept, with the reason.
     """
 
     def __init__(
@@ -37,10 +41,16 @@ class ActivationCache(Mapping[str, Tensor]):
         registry: HookRegistry,
         *,
         has_batch_dim: bool = True,
+        mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.cache_dict = activations
         self.registry = registry
         self.has_batch_dim = has_batch_dim
+        self.mask = mask
+        self.tokens = tokens
+        self.left_out = dict(left_out or {})
 
     # --- mapping ---------------------------------------------------------------------------------
 
@@ -80,6 +90,9 @@ class ActivationCache(Mapping[str, Tensor]):
         canonical = self.registry.canonical(bare) + (_GRAD if is_grad else "")
         if canonical not in self.cache_dict:
             held = ", ".join(list(self.cache_dict)[:4]) or "nothing"
+            why = self.left_out.get(canonical)
+            if why is not None:
+                raise UnknownPointError(f"{name!r} is not in this cache: {why}")
             what = "gradient of it (incl_bwd=True asks for gradients)" if is_grad else "such point"
             if not (is_grad or self.registry[bare].is_default):
                 what = "such point: it multiplies memory, so it is computed only when names_filter names it"
@@ -132,9 +145,18 @@ class ActivationCache(Mapping[str, Tensor]):
     def map(self, fn: Callable[[str, Tensor], Tensor], **state: Any) -> ActivationCache:
         """A new cache with every tensor changed by ``fn(name, tensor)``."""
         made = {name: fn(name, tensor) for name, tensor in self.cache_dict.items()}
-        return ActivationCache(
-            made, self.registry, **{"has_batch_dim": self.has_batch_dim, **state}
-        )
+        kept: dict[str, Any] = {
+            "has_batch_dim": self.has_batch_dim,
+            "mask": self.mask,
+            "tokens": self.tokens,
+            "left_out": self.left_out,
+        }
+        return ActivationCache(made, self.registry, **{**kept, **state})
+
+    def _cut(self, what: SliceInput, dim: int) -> dict[str, Any]:
+        """Mask and tokens, sliced as the tensors are."""
+        held = {"mask": self.mask, "tokens": self.tokens}
+        return {k: None if x is None else take(x, what, dim) for k, x in held.items()}
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -145,6 +167,9 @@ class ActivationCache(Mapping[str, Tensor]):
             self.cache_dict[name] = tensor.to(
                 device=device or tensor.device, dtype=wanted or tensor.dtype
             )
+        self.mask, self.tokens = (
+            x if x is None or device is None else x.to(device) for x in (self.mask, self.tokens)
+        )
         return self
 
     def remove_batch_dim(self) -> ActivationCache:
@@ -162,6 +187,8 @@ class ActivationCache(Mapping[str, Tensor]):
                 )
             for name, tensor in self.cache_dict.items():
                 self.cache_dict[name] = tensor[0]
+            for name, value in self._cut(0, 0).items():
+                setattr(self, name, value)
             self.has_batch_dim = False
         return self
 
@@ -177,12 +204,16 @@ class ActivationCache(Mapping[str, Tensor]):
                 tensor, rows if tensor.shape[0] == 1 and self._rows() != 1 else batch_slice, 0
             )
 
-        return self.map(cut, has_batch_dim=not isinstance(batch_slice, int))
+        state = self._cut(batch_slice, 0)
+        return self.map(cut, has_batch_dim=not isinstance(batch_slice, int), **state)
 
     def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> ActivationCache:
         """A new cache with positions picked (query positions of scores and patterns)."""
         shift = 0 if self.has_batch_dim else 1
-        return self.map(lambda name, tensor: take(tensor, pos_slice, self._pos_dim(name) - shift))
+        state = self._cut(pos_slice, 1 - shift)
+        return self.map(
+            lambda name, tensor: take(tensor, pos_slice, self._pos_dim(name) - shift), **state
+        )
 
     def _rows(self) -> int:
         return max((tensor.shape[0] for tensor in self.cache_dict.values()), default=0)

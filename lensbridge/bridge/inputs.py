@@ -39,12 +39,14 @@ def prepare(
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     attention_mask: Any = None,
+    truncate: bool = True,
     **given: Any,
 ) -> Inputs:
     """Turn an input into keywords for the model.
 
-    Strings are tokenized; several of unequal length are padded, with mask and position ids. A mask given with
-    token ids gets its position ids too when it shows padding in front. What the caller passes wins.
+    Strings are tokenized (and, if ``truncate``, cut at the context length); several of unequal length are
+    padded, with mask and position ids. A mask given with token ids gets its position ids too when it shows
+    padding in front. What the caller passes wins.
 
     Raises:
         InputError: Nothing usable was given, or a keyword the model does not know.
@@ -66,10 +68,10 @@ def prepare(
     ):
         return Inputs({"input_ids": value}, value, None)
     check_keywords(model, given)
-    if isinstance(value, str) or _is_list_of_text(value):
+    if is_text(value):
         if attention_mask is not None:
             raise InputError("text makes its own attention mask; pass token ids to bring one")
-        ids, mask = tokens.batch(value, prepend_bos, padding_side)
+        ids, mask = tokens.batch(value, prepend_bos, padding_side, truncate=truncate)
         # Without padding the model is called as it would be on bare ids, fast kernels and all.
         padding = None if bool(mask.all()) else mask
         return _with_mask(model, {"input_ids": ids}, ids, padding, device, given)
@@ -125,7 +127,9 @@ def _with_mask(
             and _has_gap(mask)
             and takes_positions(model)
         ):
-            kwargs["position_ids"] = positions_from_mask(mask) + first_position(model)
+            positions = positions_from_mask(mask) + first_position(model)
+            # With a past the mask covers it too; the positions are those of what is new.
+            kwargs["position_ids"] = positions if ids is None else positions[:, -ids.shape[1] :]
     kwargs = {**kwargs, **given}
     if is_encoder_decoder(model):
         ids, mask = _for_decoder(model, kwargs, ids, mask)
@@ -188,6 +192,12 @@ def _parameters(kind: Any) -> tuple[frozenset[str], bool]:
         "self"
     }
     return frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has a parameter of that name."""
+    kind: Any = type(model)
+    return name in _parameters(kind)[0]
 
 
 @cache
@@ -254,7 +264,14 @@ def _as_mask(mask: Any, shape: Any) -> Tensor | None:
     return mask
 
 
-def _is_list_of_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether an input is a string or a list of strings.
+
+    Raises:
+        InputError: An empty list, or one of text and other things.
+    """
+    if isinstance(value, str):
+        return True
     if not isinstance(value, (list, tuple)):
         return False
     if not value:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,8 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..hooks import (
-    GradientError,
-    HookFunction,
     HookPoint,
     HookRegistry,
     InputError,
@@ -24,10 +24,10 @@ from ..hooks import (
     Site,
 )
 from ..hooks.point import attach, discard
-from ..hooks.registry import Selection
-from .architecture import Tower
-from .cache import ActivationCache, SliceInput, pos_dim, take
+from .architecture import Architecture, Tower
 from .implementation import is_openable, openable
+from .past import whole_past, with_copied_past
+from .steps import Steps, other_steps, plain_step
 
 ReturnType = Literal["logits", "loss", "both", "predictions"]
 RETURN_TYPES = ("logits", "loss", "both", "predictions", None)
@@ -63,15 +63,22 @@ class Stack:
         model: The callable model (compiled or not).
         inner: The model itself.
         registry: Its points.
-        tower: The tower whose layers they are.
+        architecture: Its towers; the layers are those of the main one.
     """
 
     def __init__(
-        self, model: nn.Module, inner: nn.Module, registry: HookRegistry, tower: Tower
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        registry: HookRegistry,
+        architecture: Architecture,
     ) -> None:
+        tower = architecture.main
         self.model = model
         self.inner = inner
         self.registry = registry
+        self.architecture = architecture
+        self._has_warned = False
         self.name = f"{tower.prefix}blocks"
         self.blocks = [inner.get_submodule(block.path) for block in tower.blocks]
         self.block_kind = block_kind(tower)
@@ -100,22 +107,62 @@ class Stack:
                 "the bridge was run from inside a hook at a place that is being watched (inside attention, "
                 "or after an edit of hook_resid_mid); collect what you need before the outer run"
             )
+        clock = registry.clock
+        outer = clock.main, clock.others
         registry.begin_run()
         try:
-            with self._conditions():
+            if registry.live:
+                step = plain_step(kwargs, self.architecture)
+                clock.tell(step, other_steps(kwargs, self.architecture, step))
+            with self._conditions(), whole_past(kwargs):
                 return fn(**kwargs)
         finally:
             registry.end_run()
+            clock.tell(*outer)
 
-    def generate(self, kwargs: dict[str, Any]) -> Any:
-        """Run Hugging Face's ``generate``."""
-        out = self._run(self.inner.generate, kwargs)  # type: ignore[arg-type]
+    @cached_property
+    def loops(self) -> dict[str, Any]:
+        """The modules that can generate: the model, or a language model inside it."""
+        return {
+            path: module
+            for path, module in self.inner.named_modules()
+            if callable(getattr(module, "generate", None))
+            and hasattr(module, "_update_model_kwargs_for_generation")
+        }
+
+    def generate(
+        self,
+        kwargs: dict[str, Any],
+        steps: Steps | None = None,
+        then: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Run Hugging Face's ``generate``.
+
+        Args:
+            kwargs: Its keywords.
+            steps: Tells listeners where each pass is.
+            then: Given what it returned, while the run still lasts.
+        """
+
+        def go(**kwargs: Any) -> Any:
+            out = self.inner.generate(**kwargs)  # type: ignore[operator]
+            if then is not None:
+                then(out)
+            return out
+
+        compiles = bool(self.registry.live) and compiles_itself(self.inner, kwargs)
+        with (
+            nullcontext() if steps is None else steps.following(),
+            self._uncompiled() if compiles else _NOTHING,
+        ):
+            out = self._run(go, kwargs)
         self.registry.note_run()
         return out
 
     def call_until(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
         """Run up to a layer; gives the residual stream entering it, [batch, pos, d_model]."""
         kwargs = {"use_cache": False, **kwargs} if takes_use_cache(self.inner) else kwargs
+        kwargs = with_copied_past(kwargs)  # the layers behind would never get their part
         last = layer == len(self.blocks)
         name = f"{self.name}.{layer - 1}.hook_out" if last else f"{self.name}.{layer}.hook_in"
         point = self.registry[name]
@@ -217,7 +264,14 @@ class Stack:
 
     def _uncompiled(self) -> Any:
         """Compiled code does not see hooks that came after its first call, and says nothing about it."""
-        return torch.compiler.set_stance("force_eager") if self._is_compiled else _NOTHING
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the model is compiled, and compiled code passes hooks by in silence: runs with hooks "
+                "set are run eagerly (runs without stay compiled; this is said once)",
+                stacklevel=2,
+            )
+        return torch.compiler.set_stance("force_eager")
 
     def _conditions(self) -> Any:
         """What must hold around a run so that every listened-to point can fire."""
@@ -236,6 +290,22 @@ class Stack:
         if closed:
             conditions.enter_context(openable(self.inner))
         return conditions
+
+
+def compiles_itself(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``generate`` may compile the model without being asked: it does so for caches of fixed size."""
+    config = kwargs.get("generation_config")
+    own = getattr(model, "generation_config", None)
+
+    def set_to(name: str) -> Any:
+        found = (kwargs.get(name), getattr(config, name, None), getattr(own, name, None))
+        return next((value for value in found if value is not None), None)
+
+    if set_to("disable_compile"):
+        return False
+    past = next((kwargs[n] for n in ("past_key_values", "cache_params") if kwargs.get(n)), None)
+    fixed = set_to("cache_implementation") or getattr(past, "is_compileable", False)
+    return set_to("compile_config") is not None or (bool(fixed) and model.device.type != "cpu")
 
 
 def takes_use_cache(model: nn.Module) -> bool:
@@ -288,146 +358,3 @@ def lm_loss(
     real = (mask[:, 1:] * mask[:, :-1]).to(losses)
     losses = losses * real
     return losses if per_token else losses.sum() / real.sum()
-
-
-# --- caching ----------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Stores what points show, as they show it.
-
-    Args:
-        registry: The points of the model.
-        points: Those to record.
-        device: Where to keep the tensors; None leaves them where they are.
-        pos_slice: Positions to keep.
-        copies: Whether values must be copied because somebody may edit them in place.
-    """
-
-    def __init__(
-        self,
-        registry: HookRegistry,
-        points: list[HookPoint],
-        *,
-        device: torch.device | str | None = None,
-        pos_slice: SliceInput = None,
-        copies: bool = False,
-    ) -> None:
-        self.registry = registry
-        self.points = points
-        self.device = device
-        self.pos_slice = pos_slice
-        self.copies = copies
-        self.values: dict[str, Tensor] = {}
-        self._versions: list[tuple[str, Tensor, int]] = []
-
-    @property
-    def store(self) -> HookFunction:
-        """The hook function; the plainest one that does the job."""
-        if self.device is not None or self.pos_slice is not None or self.copies:
-            return self._store
-        # Inference tensors have no version to watch.
-        return self._store_untracked if torch.is_inference_mode_enabled() else self._store_plain
-
-    def _store_untracked(self, tensor: Tensor, hook: HookPoint) -> None:
-        self.values[hook.name] = tensor.clone() if hook.is_volatile else tensor  # type: ignore[index]
-
-    def _store_plain(self, tensor: Tensor, hook: HookPoint) -> None:
-        name: str = hook.name  # type: ignore[assignment]
-        value = tensor.detach() if tensor.requires_grad else tensor
-        if hook.is_volatile:
-            value = value.clone()
-        self.values[name] = value
-        self._versions.append((name, value, value._version))
-
-    def _store(self, tensor: Tensor, hook: HookPoint) -> None:
-        value = tensor.detach()
-        if self.pos_slice is not None:
-            value = take(value, self.pos_slice, pos_dim(hook.axes))
-        moved = value if self.device is None else value.to(self.device)
-        shares = moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        self.values[str(hook.name)] = moved.clone() if shares else moved
-
-    def store_grad(self, grad: Tensor, hook: HookPoint) -> None:
-        """The hook function for gradients."""
-        value = grad if self.pos_slice is None else take(grad, self.pos_slice, pos_dim(hook.axes))
-        value = value.detach().clone()
-        self.values[f"{hook.name}_grad"] = value if self.device is None else value.to(self.device)
-
-    def check_gradients(self, points: list[HookPoint]) -> None:
-        """Refuse to hand out a cache without a gradient that was asked for by name."""
-        for point in points:
-            if f"{point.name}_grad" not in self.values and not point.is_index:
-                raise GradientError(
-                    f"no gradient reached {point.name}: the loss does not depend on it, or goes round it "
-                    "because another point was listened to for gradients (hook_q_input goes round q.hook_in)"
-                )
-
-    def check_unchanged(self) -> None:
-        """Refuse to hand out values the model overwrote after they were recorded."""
-        spoilt = [name for name, value, version in self._versions if value._version != version]
-        if spoilt:
-            raise LensError(
-                f"the model changed {spoilt[0]} in place after it was recorded; pass pos_slice or device to "
-                "have copies taken, and please report the architecture"
-            )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Leave the parameters out of the graph, so that a backward pass touches no ``.grad``."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def is_explicit(names_filter: Selection) -> bool:
-    """Whether a filter names its points one by one, so that each of them must fire."""
-    items = [names_filter] if isinstance(names_filter, str) else names_filter
-    return isinstance(items, (list, tuple, set)) and all(
-        isinstance(item, str) and not set("*?[") & set(item) for item in items
-    )
-
-
-def record_run(
-    registry: HookRegistry,
-    run: Callable[[], Any],
-    *,
-    names_filter: Selection = None,
-    device: torch.device | str | None = None,
-    pos_slice: SliceInput = None,
-    backward: Callable[[Any], Tensor] | None = None,
-) -> tuple[Any, ActivationCache]:
-    """Run with recording listeners attached.
-
-    Args:
-        registry: The model's points.
-        run: Runs the model.
-        names_filter: What to record.
-        device: Where to keep the tensors.
-        pos_slice: Positions to keep.
-        backward: Picks the scalar to differentiate from what ``run`` returned; gradients are recorded too.
-    """
-    points = (
-        []
-        if isinstance(names_filter, (list, tuple)) and not names_filter
-        else registry.select(names_filter)
-    )
-    edited = any(not listener.observes for point in registry.live for listener in point.fwd)
-    recorder = Recorder(registry, points, device=device, pos_slice=pos_slice, copies=edited)
-    with registry.hooks() as scope:
-        scope.observe(points, recorder.store, must_fire=is_explicit(names_filter))
-        if backward is not None:
-            scope.observe([p for p in points if not p.is_index], recorder.store_grad, "bwd")
-        out = run()
-        if backward is not None:
-            backward(out).backward()
-            if is_explicit(names_filter):
-                recorder.check_gradients(points)
-    recorder.check_unchanged()
-    return out, ActivationCache(recorder.values, registry)

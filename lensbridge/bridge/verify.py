@@ -15,7 +15,8 @@ from .architecture import Architecture, Attention, Block, Tower
 from .cache import ActivationCache
 from .example import FAILURES, examples
 from .places import bias_of
-from .run import INSIDE_ATTENTION, record_run
+from .record import record_run
+from .run import INSIDE_ATTENTION
 from .seen import first_item
 from .view import belongs
 

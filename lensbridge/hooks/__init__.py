@@ -17,13 +17,15 @@ from .point import HookFunction, HookPoint, Listener
 from .registry import HookRegistry
 from .scope import HookScope
 from .span import Span
-from .tap import Action, Call, Site, Tap, Unsettled
+from .step import Clock, Step
+from .tap import Action, Call, Site, Tap, Unsettled, watch
 
 __all__ = [
     "AbsentPointError",
     "Action",
     "ArchitectureError",
     "Call",
+    "Clock",
     "GradientError",
     "HookFunction",
     "HookNotFiredError",
@@ -39,7 +41,9 @@ __all__ = [
     "SelectionError",
     "Site",
     "Span",
+    "Step",
     "Tap",
     "UnknownPointError",
     "Unsettled",
+    "watch",
 ]

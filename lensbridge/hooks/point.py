@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .errors import GradientError, HookValueError, InputError
+from .errors import GradientError, HookValueError, InputError, LensError
+from .step import Clock, Step
 
 HookFunction = Callable[[Tensor, "HookPoint"], Any]
 """``fn(tensor, hook) -> Tensor | None``: None leaves the value, a tensor replaces it."""
@@ -123,6 +124,7 @@ class HookPoint(nn.Module):
             is_volatile=False,
             is_index=False,
             sizes={},
+            clock=None,
         )
 
     name: str | None
@@ -139,6 +141,7 @@ class HookPoint(nn.Module):
     )
     is_index: bool  # ids, positions, choices: whole numbers, without a gradient
     sizes: dict[str, int]  # of the axes whose size does not depend on the input
+    clock: Clock | None  # the registry's
     n_edits: int  # listeners that may change the value or need its gradient
 
     def __repr__(self) -> str:
@@ -154,6 +157,7 @@ class HookPoint(nn.Module):
             "owners": (),
             "live": set(),
             "n_edits": 0,
+            "clock": None,
         }
 
     # --- listening -------------------------------------------------------------------------------
@@ -244,6 +248,17 @@ class HookPoint(nn.Module):
             if part.isdigit():
                 return int(part)
         raise InputError(f"{self.name!r} is not inside a layer")
+
+    @property
+    def step(self) -> Step:
+        """Prefill or decode, which step of a generation, which positions: of the run in progress.
+
+        Raises:
+            LensError: No run is in progress that says.
+        """
+        if self.clock is None:
+            raise LensError(f"{self.name!r} belongs to no registry, so nobody tells it the step")
+        return self.clock.of(str(self.name))
 
     # --- firing ----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import nn
 from .errors import AbsentPointError, PointError, SelectionError, UnknownPointError
 from .point import HookPoint, Listener
 from .scope import HookScope, check_fired
+from .step import Clock
 from .tap import Unsettled
 
 Selection = Any
@@ -81,6 +82,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         self.absent: dict[str, str] = dict(absent or {})
         self.unsettled = Unsettled() if unsettled is None else unsettled
         self.live: set[HookPoint] = set()
+        self.clock = Clock()
         self._selected: dict[Any, list[HookPoint]] = {}
         self.depth = 0
         self.running = 0  # runs of the model in progress; more than one when a hook runs it
@@ -112,7 +114,7 @@ class HookRegistry(Mapping[str, HookPoint]):
             raise PointError(f"cannot register {point!r}: {taken[0]!r} is no free name")
         self._points[str(point.name)] = point
         self._selected.clear()
-        point.__dict__["live"] = self.live
+        point.__dict__.update(live=self.live, clock=self.clock)
         if point.fwd or point.bwd:
             self.live.add(point)
         for alias in point.aliases:
@@ -135,7 +137,7 @@ class HookRegistry(Mapping[str, HookPoint]):
     def _make(self, extra: Extra, name: str) -> HookPoint:
         if name not in self._made:
             point = extra.make(name)
-            point.__dict__["live"] = self.live
+            point.__dict__.update(live=self.live, clock=self.clock)
             self._made[name] = point
         return self._made[name]
 

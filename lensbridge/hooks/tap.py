@@ -288,7 +288,8 @@ def watch(
     try:
         for name, module in modules.items():
             begin, end = partial(_begin, before, name), partial(_end, after, name)
-            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            # prepend: what is told here must be known to the hooks of the same call.
+            handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
         yield
     finally:

@@ -1,0 +1,196 @@
+"""Following a run: telling hook functions where in the text, and where in a generation, each pass is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks import Clock, LensError, Step, watch
+from .architecture import Architecture
+from .past import past_length
+
+_TEXT = ("input_ids", "inputs_embeds")
+_CONTINUED = ("decoder_input_ids", "decoder_inputs_embeds")
+_OF_ENCODER = tuple(f".cross_attn.{part}" for part in ("k.", "v.", "hook_rot_k"))
+_UPDATE = "_update_model_kwargs_for_generation"
+
+
+def width_of(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """How many positions the first of some inputs has; None when none is given."""
+    given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
+    return given.shape[1] if given is not None and given.dim() > 1 else None
+
+
+def _continued(architecture: Architecture) -> tuple[str, ...]:
+    """Keywords that may bring the text the main tower reads, the likeliest first."""
+    is_decoder = architecture.main.prefix == "decoder_"
+    return _CONTINUED if is_decoder else (*_CONTINUED, *_TEXT)
+
+
+def other_steps(
+    kwargs: Mapping[str, Any], architecture: Architecture, main: Step | None
+) -> dict[str, Step]:
+    """Steps of points that see other positions than the main tower, by a part of their names."""
+    found: dict[str, Step] = {}
+    for prefix in architecture.elsewhere:
+        # The encoder that stands beside a decoder reads the input; other towers read no text.
+        width = width_of(kwargs, _TEXT) if prefix == "encoder_" else None
+        found[prefix] = Step(0, "encode", 0, width, width)
+        if prefix == "encoder_":
+            found.update(dict.fromkeys(_OF_ENCODER, found[prefix]))
+    kept = kwargs.get("logits_to_keep")
+    if type(kept) is int and kept and main is not None and main.stop is not None:
+        # The head reads the last positions only.
+        start = max(main.start, main.stop - kept)
+        found["unembed"] = Step(main.number, main.phase, start, main.stop, main.prompt_length)
+    return found
+
+
+def plain_step(kwargs: Mapping[str, Any], architecture: Architecture) -> Step:
+    """The step of a run that generates nothing."""
+    width = width_of(kwargs, _continued(architecture))
+    start = past_length(kwargs)
+    stop = None if width is None else start + width
+    phase: Any = "decode" if start and width == 1 else "prefill"
+    return Step(0, phase, start, stop, stop)
+
+
+class Steps:
+    """Follows a generation: before each pass, tells the clock what it covers.
+
+    Args:
+        loops: The modules whose ``generate`` may be the one that loops (a model, or a language model in it).
+        architecture: Whose towers there are.
+        clock: To be told.
+        given: How many positions of ids ``generate`` was given to continue; None where it was given no ids.
+        is_plain: Each pass after the first adds one token (greedy search, sampling, beams).
+    Attributes:
+        step: Of the last pass; None before the first.
+        first: The first position that was read; not 0 where a past was given.
+        latest: The module that looped and the keywords it would call itself with next.
+        is_static: Whether keys and values lie in a store of fixed size.
+    """
+
+    def __init__(
+        self,
+        loops: Mapping[str, nn.Module],
+        architecture: Architecture,
+        clock: Clock,
+        given: int | None,
+        is_plain: bool,
+    ) -> None:
+        self.loops = loops
+        self.architecture = architecture
+        self.clock = clock
+        self.given = given
+        self.is_plain = is_plain
+        self.step: Step | None = None
+        self.first = 0
+        self.latest: tuple[Any, dict[str, Any]] | None = None
+        self.is_static = False
+        self._depth = 0
+        self._beyond = 0  # columns behind the text: a mask token at the place to predict (XLNet)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow the passes made inside a ``with`` block."""
+        with ExitStack() as stack:
+            stack.enter_context(watch(self.loops, self._before, self._after))
+            for module in self.loops.values():
+                stack.enter_context(self._listening_in(module))
+            yield
+
+    @contextmanager
+    def _listening_in(self, module: Any) -> Iterator[None]:
+        """Learn with which keywords the loop goes on; nothing else tells them."""
+        own = module.__dict__.get(_UPDATE)
+        update = getattr(module, _UPDATE)
+
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            made = update(*args, **kwargs)
+            self.latest = module, made
+            return made
+
+        module.__dict__[_UPDATE] = heard
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.__dict__[_UPDATE]
+            else:
+                module.__dict__[_UPDATE] = own
+
+    def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self.step = self._next(kwargs)
+            self.clock.tell(self.step, other_steps(kwargs, self.architecture, self.step))
+
+    def _after(self, name: str, output: Any) -> None:
+        self._depth -= 1
+
+    def _next(self, kwargs: Mapping[str, Any]) -> Step:
+        width = width_of(kwargs, _continued(self.architecture)) or 0
+        past = past_length(kwargs)
+        last = self.step
+        if last is None or last.stop is None or last.prompt_length is None:
+            self._note_kind(kwargs)
+            return self._first(width, past)
+        if last.stop < last.prompt_length:  # the prompt comes in chunks
+            return Step(0, "prefill", last.stop, last.stop + width, last.prompt_length)
+        number = last.number + 1
+        stop = last.prompt_length + number + self._beyond
+        start = stop - width
+        if not self.is_plain:  # several tokens at once, some of them to be taken back
+            start = past or last.stop
+            stop = start + width
+        return Step(number, "decode", start, stop, last.prompt_length)
+
+    def _first(self, width: int, past: int) -> Step:
+        given = self.given
+        self._beyond = int(given is not None and not past and width == given + 1)
+        stop = past + width
+        prompt_length = max(stop - self._beyond, given or 0)
+        self.first = past
+        return Step(0, "prefill", past, stop, prompt_length)
+
+    def _note_kind(self, kwargs: Mapping[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        past = getattr(past, "self_attention_cache", past)
+        self.is_static = any(
+            getattr(layer, "is_compileable", False) and getattr(layer, "max_cache_len", None)
+            for layer in getattr(past, "layers", ())
+        )
+
+    # --- the last token --------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """How many positions of the text the passes so far have covered."""
+        if self.step is None or self.step.stop is None:
+            raise LensError(
+                "the passes of this generation could not be followed: the model's own generate calls none of "
+                "the modules that loop; run the returned tokens through run_with_cache instead"
+            )
+        return self.step.stop - self._beyond
+
+    def feed(self, sequences: Tensor, past: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Run the model on the token that was generated last, as its loop would go on.
+
+        Args:
+            sequences: What the loop has so far, as it would hand it on.
+            past: Says with what past to run.
+        """
+        if self.latest is None:
+            raise LensError("the generation made no pass that could be continued")
+        module, kwargs = self.latest
+        step_by_step = 1 if kwargs.get("use_cache") else None
+        inputs = module.prepare_inputs_for_generation(
+            sequences, next_sequence_length=step_by_step, **kwargs
+        )
+        with torch.no_grad():
+            module(**past(inputs), return_dict=True)
