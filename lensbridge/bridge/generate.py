@@ -100,7 +100,7 @@ class Generation:
             return_type: ``"tokens"`` [batch, pos], ``"str"`` (a list for several rows), or ``"input"``: the
                 kind of the input. Prompt and new tokens; for an encoder-decoder, what the decoder wrote.
             verbose: Show a progress bar when run in a terminal.
-            output_logits: Return Hugging Face's output object, with ``sequences`` and the ``logits`` of each step.
+            output_logits: Return Hugging Face's output object, with ``sequences`` and each step's ``logits``.
             return_cache: Also return an `ActivationCache` recorded while generating: one row per sequence,
                 positions those of the returned tokens. The last token, which no step of the loop reads, is
                 read once more, hooks live. Padding is marked by ``cache.mask``.
@@ -139,6 +139,7 @@ class Generation:
             pixel_values=pixel_values,
             stop_strings=stop_strings,
             stopping_criteria=stopping_criteria,
+            is_cached=return_cache or sink is not None,
             **hf_kwargs,
         )
         recorder = None
@@ -259,6 +260,7 @@ class Generation:
         stop_strings: str | list[str] | None = None,
         stopping_criteria: Any = None,
         attention_mask: Any = None,
+        is_cached: bool = False,
         **options: Any,
     ) -> Request:
         if return_type not in ("input", "str", "tokens"):
@@ -294,7 +296,7 @@ class Generation:
         )
         set_ends(request, model, self._tokens, stop_at_eos, eos_token_id)
         if self.cfg.n_ctx is not None and self.architecture.main.pos_embed is not None:
-            check_room(request, self.cfg.n_ctx)
+            check_room(request, self.cfg.n_ctx, reads_last=is_cached)
         if return_type == "str" or (return_type == "input" and is_text(input)):
             self._tokens.need("text")
             is_list = is_text(input) and not isinstance(input, str)
@@ -340,7 +342,9 @@ class Generation:
     def _settings(self, request: Request) -> tuple[Any, str]:
         """The settings in force, and the name of the way the next token is chosen."""
         model: Any = self._inner
-        rest = {k: v for k, v in request.options.items() if k != "generation_config"}
+        # transformers does not settle for no new tokens.
+        settled = {"generation_config"} | ({"max_new_tokens"} if request.length == 0 else set())
+        rest = {name: x for name, x in request.options.items() if name not in settled}
         config, _ = model._prepare_generation_config(
             request.options.get("generation_config"), **rest
         )

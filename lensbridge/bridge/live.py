@@ -69,8 +69,7 @@ class Wanted:
             self.tail = max((-p for p in picked if p < 0), default=0)
             return
         bounds = slice(*pos_slice) if isinstance(pos_slice, tuple) else pos_slice or slice(None)
-        backwards = bounds.step is not None and bounds.step < 0
-        start, stop = (None, None) if backwards else (bounds.start, bounds.stop)
+        start, stop = bounds.start, bounds.stop
         if start is not None and start < 0:
             self.tail = -start
         else:
@@ -173,10 +172,11 @@ class LiveRecorder:
         dim, width = _position_dim(hook), len(step.positions)
         n, stop = tensor.shape[dim], step.positions.stop
         is_of_keys = any(part in str(hook.name) for part in _OF_KEYS)
-        if n == stop or (is_of_keys and (n < stop or self.steps.is_static)):
+        if n > width and (n == stop or (is_of_keys and (n < stop or self.steps.is_static))):
             first = step.start if n >= stop else n - width
             return tensor.narrow(dim, first, width).clone()
-        return tensor
+        # A store of fixed size is written to again.
+        return tensor.clone() if is_of_keys and self.steps.is_static else tensor
 
     def _store(self, tensor: Tensor, hook: HookPoint) -> None:
         step = self._step(hook)
@@ -184,7 +184,7 @@ class LiveRecorder:
         if step.start == 0 and pieces and self.sink is None:
             pieces.clear()  # read again from the start: what comes now is newer
         dim, stop = _position_dim(hook), step.positions.stop
-        if tensor.shape[dim] > len(step.positions):
+        if tensor.shape[dim] > len(step.positions) or self.steps.is_static:
             tensor = self._of_this_pass(tensor, hook, step)
         width = tensor.shape[dim]
         # The head may be given the last positions only.
@@ -197,7 +197,8 @@ class LiveRecorder:
             here = [i for i, p in enumerate(positions) if self.wanted(p, stop)]
             if len(here) < len(positions):
                 positions = [positions[i] for i in here]
-                tensor = tensor.index_select(dim, torch.tensor(here, device=tensor.device))
+                index = torch.tensor(here, dtype=torch.long, device=tensor.device)
+                tensor = tensor.index_select(dim, index)
             self._forget(pieces, stop)
         if not positions:
             return

@@ -38,8 +38,8 @@ def with_copied_past(kwargs: dict[str, Any]) -> dict[str, Any]:
 def whole_past(kwargs: Mapping[str, Any]) -> Iterator[None]:
     """If a run fails, put back what its layers had already written to the caller's past.
 
-    Only layers that grow by making new tensors can be put back at no cost; a past with any other layer is left
-    as it is.
+    Only layers that grow by making new tensors can be put back at no cost; a past with any other layer is
+    left as it is.
     """
     past = past_of(kwargs)
     before = None if past is None or not _grows(past) else _copied(past, {})
@@ -76,13 +76,14 @@ def _copied(value: Any, made: dict[int, Any]) -> Any:
         return {key: _copied(item, made) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([_copied(item, made) for item in value])
+    if _is_growing(value):
+        return copy.copy(value)
     is_state = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
     if not is_state or callable(value) or not _holds_tensors(value):
         return value
     twin = made[id(value)] = copy.copy(value)
-    if not _is_growing(value):
-        for name, item in vars(value).items():
-            twin.__dict__[name] = _copied(item, made)
+    for name, item in vars(value).items():
+        twin.__dict__[name] = _copied(item, made)
     return twin
 
 

@@ -187,17 +187,22 @@ def set_ends(
         options["pad_token_id"] = tokens.pad_id if first is None else first
 
 
-def check_room(request: Request, n_ctx: int) -> None:
-    """Refuse what would fail at a position the model has no embedding for, before any work is done."""
+def check_room(request: Request, n_ctx: int, *, reads_last: bool) -> None:
+    """Refuse what would fail at a position the model has no embedding for, before any work is done.
+
+    Args:
+        request: What to generate.
+        n_ctx: How many positions the model has.
+        reads_last: Whether the last token is read too, for a cache.
+    """
     length = request.continued
     if length is None:
         return
     if length > n_ctx:
         raise InputError(f"{length} tokens are more than the {n_ctx} this model has positions for")
-    # The last token is not read.
-    new = request.length
-    if new is not None and length + new - 1 > n_ctx:
+    new, most = request.length, n_ctx - length + (0 if reads_last else 1)
+    if new is not None and new > most:
         raise InputError(
-            f"a prompt of {length} and max_new_tokens={new} need {length + new - 1} positions, and this "
-            f"model has {n_ctx}: at most {n_ctx - length + 1} new tokens fit"
+            f"a prompt of {length} and max_new_tokens={new} do not fit: this model has {n_ctx} positions, "
+            f"enough for {most} new tokens" + (" that are all cached" if reads_last else "")
         )

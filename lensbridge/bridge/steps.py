@@ -155,6 +155,8 @@ class Steps:
         self._beyond = int(given is not None and not past and width == given + 1)
         stop = past + width
         prompt_length = max(stop - self._beyond, given or 0)
+        if given is not None and not past and not self.is_plain:
+            prompt_length = given  # guesses come with the prompt
         self.first = past
         return Step(0, "prefill", past, stop, prompt_length)
 
