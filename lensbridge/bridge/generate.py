@@ -313,7 +313,7 @@ class Generation:
         pos_slice: SliceInput,
         sink: Sink | None,
     ) -> LiveRecorder:
-        mode, steps = self._steps(request)
+        steps, config, mode = self._steps(request)
         if mode not in _PLAIN:
             raise InputError(
                 f"a cache cannot be recorded during {mode.replace('_', ' ')}: rows are reordered, or tokens "
@@ -325,6 +325,7 @@ class Generation:
         return LiveRecorder(
             self.registry,
             steps,
+            config,
             [] if is_empty else self.registry.select(names_filter),
             device=device,
             pos_slice=pos_slice,
@@ -332,12 +333,13 @@ class Generation:
             copies=edited,
         )
 
-    def _steps(self, request: Request) -> tuple[str, Steps]:
-        """The way the next token is chosen, and what follows the loop."""
-        _, mode = self._settings(request)
+    def _steps(self, request: Request) -> tuple[Steps, Any, str]:
+        """What follows the loop, the settings in force, and the way the next token is chosen."""
+        config, mode = self._settings(request)
         is_plain = mode in _PLAIN or mode.startswith("beam")
         clock, loops = self.registry.clock, self._stack.loops
-        return mode, Steps(loops, self.architecture, clock, request.continued, is_plain)
+        steps = Steps(loops, self.architecture, clock, request.continued, is_plain)
+        return steps, config, mode
 
     def _settings(self, request: Request) -> tuple[Any, str]:
         """The settings in force, and the name of the way the next token is chosen."""
@@ -362,9 +364,8 @@ class Generation:
             if recorder is None and not self.registry.live:
                 return self._stack.generate(request.options), None
             if recorder is None:
-                return self._stack.generate(request.options, self._steps(request)[1]), None
-            config, _ = self._settings(request)
-            return record_generation(self._stack, request, recorder, config, must_fire=must_fire)
+                return self._stack.generate(request.options, self._steps(request)[0]), None
+            return record_generation(self._stack, request, recorder, must_fire=must_fire)
         except (IndexError, RuntimeError) as error:
             self._explain(error, Inputs(request.options, request.prompt, request.mask))
             raise

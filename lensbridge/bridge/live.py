@@ -28,7 +28,15 @@ _OF_KEYS = (".k.", ".v.", ".hook_k", ".hook_v", ".hook_rot_k")
 class _Piece(NamedTuple):
     step: Step
     value: Tensor
-    positions: list[int] | range  # that the value has along its position axis
+    picked: (
+        list[int] | range | None
+    )  # the positions it has along its axis; None for all of the step
+    version: int | None = None  # of the value, where it is no copy: it must not have changed since
+
+    @property
+    def positions(self) -> list[int] | range:
+        """The positions that the value has along its position axis."""
+        return self.step.positions if self.picked is None else self.picked
 
 
 class Text(NamedTuple):
@@ -103,6 +111,7 @@ class LiveRecorder:
     Args:
         registry: The points of the model.
         steps: Follows the generation.
+        config: The settings in force.
         points: Those to record.
         device: Where to keep the tensors; copies to the CPU do not wait for the device.
         pos_slice: Positions to keep.
@@ -114,6 +123,7 @@ class LiveRecorder:
         self,
         registry: HookRegistry,
         steps: Steps,
+        config: Any,
         points: list[HookPoint],
         *,
         device: torch.device | str | None = None,
@@ -130,6 +140,7 @@ class LiveRecorder:
         self.copies = copies
         self.is_plain = device is None and self.wanted is None and sink is None and not copies
         self.steps = steps
+        self.config = config
         self._elsewhere = steps.architecture.elsewhere
         main, towers = steps.architecture.main, steps.architecture.towers
         self._towers = tuple(tower.prefix for tower in towers if tower is not main)
@@ -138,17 +149,36 @@ class LiveRecorder:
         ] = {}  # points that show something else than the positions of the pass
         self._pieces: dict[str, list[_Piece]] = {}
         self._whole: dict[str, Tensor] = {}
-        self._versions: list[tuple[str, Tensor, int]] = []
         self._behind: set[torch.device] = set()  # devices that copies to the CPU are coming from
 
     # --- while it happens ------------------------------------------------------------------------
 
     def store(self, point: HookPoint) -> HookFunction:
-        """The hook function for a point."""
+        """The hook function for a point; the plainest one that does the job."""
         if self._is_whole(point):
             return self._store_whole
-        self._pieces[str(point.name)] = []
-        return self._store
+        name = str(point.name)
+        pieces = self._pieces[name] = []
+        is_of_keys = any(part in name for part in _OF_KEYS)
+        if not self.is_plain or point.is_volatile or is_of_keys:
+            return self._store
+        clock, dim = self.clock, _position_dim(point)
+
+        def store(tensor: Tensor, hook: HookPoint) -> None:
+            step = clock.main
+            if (
+                step is None
+                or step.stop is None
+                or tensor.shape[dim] != step.stop - step.start
+                or tensor.is_inference()
+            ):
+                self._store(tensor, hook)
+                return
+            if pieces and not step.start:
+                pieces.clear()  # read again from the start: what comes now is newer
+            pieces.append(_Piece(step, tensor, None, tensor._version))
+
+        return store
 
     def _is_whole(self, point: HookPoint) -> bool:
         """Whether a point shows everything at once, and positions other than those of the text."""
@@ -206,7 +236,8 @@ class LiveRecorder:
         if self.sink is not None:
             self.sink(str(hook.name), value, step)
         else:
-            pieces.append(_Piece(step, value, positions))
+            version = value._version if self.is_plain and not value.is_inference() else None
+            pieces.append(_Piece(step, value, positions, version))
 
     def _forget(self, pieces: list[_Piece], stop: int) -> None:
         """Let go of what only the end of a shorter text would have wanted."""
@@ -220,11 +251,7 @@ class LiveRecorder:
     def _kept(self, tensor: Tensor, hook: HookPoint) -> Tensor:
         value = tensor.detach() if tensor.requires_grad else tensor
         if self.is_plain:
-            if hook.is_volatile:
-                return value.clone()
-            if not value.is_inference():
-                self._versions.append((str(hook.name), value, value._version))
-            return value
+            return value.clone() if hook.is_volatile else value
         moved = value if self.device is None else self._moved(value, self.device)
         shares = moved.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
         return moved.clone() if shares else moved
@@ -250,14 +277,16 @@ class LiveRecorder:
         """
         for device in self._behind:
             torch.cuda.synchronize(device)
-        check_versions(self._versions)
+        for name, pieces in self._pieces.items():
+            check_versions([(name, x.value, x.version) for x in pieces if x.version is not None])
         rows, stop = text.mask.shape
         wanted = Wanted(None) if self.wanted is None else self.wanted
         order = wanted.of(text.first, stop)
         values: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         for point in self.points:
-            name, pieces = str(point.name), self._pieces.get(str(point.name))
+            name = str(point.name)
+            pieces = self._pieces.get(name, [])
             if name in self._whole:
                 values[name] = _repeated(self._whole[name], rows)
             elif name in self._odd:
@@ -325,7 +354,7 @@ def _squared(name: str, pieces: list[_Piece], stop: int, is_static: bool) -> lis
     extra = 0 if is_static else max(first.value.shape[-1] - first.step.positions.stop, 0)
     empty = 0.0 if name.endswith("hook_pattern") else -torch.inf
     made = []
-    for step, value, _ in pieces:
+    for step, value, *_ in pieces:
         keys = value.shape[-1] - extra
         known = step.positions.stop
         if not is_static and known > keys:  # a window: the last so many
@@ -347,7 +376,6 @@ def record_generation(
     stack: Stack,
     request: Request,
     recorder: LiveRecorder,
-    config: Any,
     *,
     must_fire: bool,
 ) -> tuple[Any, ActivationCache]:
@@ -357,12 +385,11 @@ def record_generation(
         stack: Runs the model.
         request: What to generate.
         recorder: Keeps it.
-        config: The settings in force.
         must_fire: Whether a point that stays silent is an error.
     Returns:
         What Hugging Face returns, and the cache.
     """
-    steps = recorder.steps
+    steps, config = recorder.steps, recorder.config
     options = _seeing_all(stack.inner, request, recorder, config)
     is_returned = bool(options.get("return_dict_in_generate"))
     is_seen = is_returned or any(options.get(name) is not None for name in NAMES)

@@ -54,7 +54,11 @@ def set_input(call: Call, value: Tensor) -> None:
 
 def get_output(call: Call) -> Tensor:
     """What a module returned; the first item of a tuple, list or Hugging Face output."""
-    return call.output if isinstance(call.output, Tensor) else call.output[0]
+    return _first(call.output)
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def set_output(call: Call, value: Tensor) -> None:
@@ -111,7 +115,7 @@ def named_input(index: int, name: str) -> Tap:
 
 def whole_output() -> Tap:
     """A module's output as it is."""
-    return Tap("output", get_output, set_output)
+    return Tap("output", get_output, set_output, _first)
 
 
 def output_item(index: int) -> Tap:

@@ -21,8 +21,11 @@ _UPDATE = "_update_model_kwargs_for_generation"
 
 def width_of(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     """How many positions the first of some inputs has; None when none is given."""
-    given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
-    return given.shape[1] if given is not None and given.dim() > 1 else None
+    for name in names:
+        given = kwargs.get(name)
+        if isinstance(given, Tensor):
+            return given.shape[1] if given.dim() > 1 else None
+    return None
 
 
 def _continued(architecture: Architecture) -> tuple[str, ...]:
@@ -42,12 +45,16 @@ def other_steps(
         found[prefix] = Step(0, "encode", 0, width, width)
         if prefix == "encoder_":
             found.update(dict.fromkeys(_OF_ENCODER, found[prefix]))
+    return found if main is None else found | head_step(kwargs, main)
+
+
+def head_step(kwargs: Mapping[str, Any], main: Step) -> dict[str, Step]:
+    """The step of the head's points, where the head reads the last positions only."""
     kept = kwargs.get("logits_to_keep")
-    if type(kept) is int and kept and main is not None and main.stop is not None:
-        # The head reads the last positions only.
-        start = max(main.start, main.stop - kept)
-        found["unembed"] = Step(main.number, main.phase, start, main.stop, main.prompt_length)
-    return found
+    if type(kept) is not int or not kept or main.stop is None or main.stop - kept <= main.start:
+        return {}
+    start = main.stop - kept
+    return {"unembed": Step(main.number, main.phase, start, main.stop, main.prompt_length)}
 
 
 def plain_step(kwargs: Mapping[str, Any], architecture: Architecture) -> Step:
@@ -92,6 +99,8 @@ class Steps:
         self.first = 0
         self.latest: tuple[Any, dict[str, Any]] | None = None
         self.is_static = False
+        self._names = _continued(architecture)
+        self._elsewhere = other_steps({}, architecture, None)
         self._depth = 0
         self._beyond = 0  # columns behind the text: a mask token at the place to predict (XLNet)
 
@@ -99,7 +108,9 @@ class Steps:
     def following(self) -> Iterator[None]:
         """Follow the passes made inside a ``with`` block."""
         with ExitStack() as stack:
-            stack.enter_context(watch(self.loops, self._before, self._after))
+            # A single module does not run inside itself.
+            after = self._after if len(self.loops) > 1 else None
+            stack.enter_context(watch(self.loops, self._before, after))
             for module in self.loops.values():
                 stack.enter_context(self._listening_in(module))
             yield
@@ -126,27 +137,26 @@ class Steps:
 
     def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if self._depth == 1:
-            self.step = self._next(kwargs)
-            self.clock.tell(self.step, other_steps(kwargs, self.architecture, self.step))
+        if self._depth == 1 or len(self.loops) == 1:
+            self.step = step = self._next(kwargs)
+            self.clock.tell(step, self._elsewhere | head_step(kwargs, step))
 
     def _after(self, name: str, output: Any) -> None:
         self._depth -= 1
 
     def _next(self, kwargs: Mapping[str, Any]) -> Step:
-        width = width_of(kwargs, _continued(self.architecture)) or 0
-        past = past_length(kwargs)
+        width = width_of(kwargs, self._names) or 0
         last = self.step
         if last is None or last.stop is None or last.prompt_length is None:
             self._note_kind(kwargs)
-            return self._first(width, past)
+            return self._first(width, past_length(kwargs))
         if last.stop < last.prompt_length:  # the prompt comes in chunks
             return Step(0, "prefill", last.stop, last.stop + width, last.prompt_length)
         number = last.number + 1
         stop = last.prompt_length + number + self._beyond
         start = stop - width
         if not self.is_plain:  # several tokens at once, some of them to be taken back
-            start = past or last.stop
+            start = past_length(kwargs) or last.stop
             stop = start + width
         return Step(number, "decode", start, stop, last.prompt_length)
 

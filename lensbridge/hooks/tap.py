@@ -57,11 +57,13 @@ class Tap:
         side: ``"input"`` or ``"output"`` of the module.
         read: Picks the tensor; a view where possible, never a needless copy.
         write: Puts a changed tensor back into the call.
+        pick: What `read` makes of the output, where it needs no more than that.
     """
 
     side: Literal["input", "output"]
     read: Callable[[Call], Tensor]
     write: Callable[[Call, Tensor], None]
+    pick: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Site:
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._muted: frozenset[HookPoint] = frozenset()
+        self._observed: tuple[HookPoint, Callable[[Any], Tensor]] | None = None
         self._is_pure = is_pure
         self._turn = turn
         self._calls = 0  # begun in this run; counted only where turns matter
@@ -178,6 +181,7 @@ class Site:
         self._inputs = inputs
         self._outputs = outputs
         spanning = self.span is not None and self.span.is_wanted
+        self._observed = None if inputs or spanning or self._turn else _only_observed(outputs)
         before = bool(inputs) or spanning
         after = bool(outputs) or spanning
         if self._turn is not None:
@@ -221,6 +225,8 @@ class Site:
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if self._observed is not None and not self.unsettled.spans and output is not None:
+            return self._observe(*self._observed, output)
         if self._turn is not None and (self._calls - 1) % self._turn[1] != self._turn[0]:
             return None
         if self.span is not None:
@@ -232,6 +238,19 @@ class Site:
         if self in self.unsettled.sites:
             self._catch_up()
         return call.output if call.changed else None
+
+    def _observe(self, point: HookPoint, pick: Callable[[Any], Tensor], output: Any) -> None:
+        """The usual case, kept short: one point, whose listeners only look."""
+        self.is_firing = True
+        try:
+            value = pick(output)
+            for listener in point.fwd:
+                listener.fired = True
+                listener.fn(value, point)
+        finally:
+            self.is_firing = False
+        if self.unsettled.sites and self in self.unsettled.sites:
+            self._catch_up()
 
     def _is_my_turn(self) -> bool:
         """Count a call that begins; whether it is the one this site serves."""
@@ -257,6 +276,17 @@ class Site:
             self.is_firing = False
 
 
+def _only_observed(
+    outputs: list[tuple[Tap | Action, HookPoint]],
+) -> tuple[HookPoint, Callable[[Any], Tensor]] | None:
+    """The one point to show and how to get its tensor, where nobody edits and the output is all it takes."""
+    if len(outputs) != 1:
+        return None
+    tap, point = outputs[0]
+    pick = tap.pick if isinstance(tap, Tap) else None
+    return None if pick is None or point.n_edits else (point, pick)
+
+
 def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
     for tap, point in pairs:
         if isinstance(tap, Action):
@@ -275,22 +305,24 @@ def _show(call: Call, pairs: list[tuple[Tap | Action, HookPoint]]) -> None:
 def watch(
     modules: Mapping[str, nn.Module],
     before: Callable[[str, tuple[Any, ...], dict[str, Any]], None],
-    after: Callable[[str, Any], None],
+    after: Callable[[str, Any], None] | None = None,
 ) -> Iterator[None]:
     """Be told of every call of many modules, for the length of a ``with`` block.
 
     Args:
         modules: Modules by the name to report them under.
         before: Given the name and the arguments of a call that begins.
-        after: Given the name and the output of a call that is over.
+        after: Given the name and the output of a call that is over; None when nobody asks.
     """
     handles: list[RemovableHandle] = []
     try:
         for name, module in modules.items():
-            begin, end = partial(_begin, before, name), partial(_end, after, name)
+            begin = partial(_begin, before, name)
+            end = None if after is None else partial(_end, after, name)
             # prepend: what is told here must be known to the hooks of the same call.
             handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(end))
+            if end is not None:
+                handles.append(module.register_forward_hook(end))
         yield
     finally:
         for handle in handles:

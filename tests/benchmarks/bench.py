@@ -192,9 +192,32 @@ def measure(name: str, rounds: int) -> Iterator[Row]:
             lambda: bridge.run_with_cache(ids), lambda: hand_everything(eager, ids), rounds
         )
         yield Row(name, "cache every point", "hooks on every module, eager", ratio, ms, "1.25")
+    if length <= 64:
+        yield from generating(name, model, bridge, ids[:, :16], max(5, rounds // 12))
     yield Row(name, "wrap the model (ms)", "", start, 0.0, "20 ms" if "small" in name else "")
     what = "wrap the first of its kind (ms)"
     yield Row(name, what, "", cold, 0.0, "100 ms" if "small" in name else "")
+
+
+def generating(name: str, model: Any, bridge: Any, ids: Tensor, rounds: int) -> Iterator[Row]:
+    """64 new tokens, against the model's own ``generate``."""
+    given: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    given["eos_token_id"] = 2**31 - 1  # run to the end
+
+    def theirs() -> Any:
+        return model.generate(ids, **given)
+
+    ratio, ms = compare(lambda: bridge.generate(ids, **given), theirs, rounds)
+    yield Row(name, "generate 64 tokens", "model.generate", ratio, ms, "1.00")
+
+    def cached(names_filter: Any) -> Any:
+        return bridge.generate(ids, return_cache=True, names_filter=names_filter, **given)
+
+    ratio, ms = compare(lambda: cached("blocks.*.hook_out"), theirs, rounds)
+    what = "generate 64 tokens, cache the residual stream"
+    yield Row(name, what, "model.generate", ratio, ms, "1.05")
+    ratio, ms = compare(lambda: cached(None), theirs, rounds)
+    yield Row(name, "generate 64 tokens, cache every point", "model.generate", ratio, ms, "")
 
 
 def import_ratio(rounds: int = 5) -> Row:
