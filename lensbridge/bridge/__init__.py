@@ -4,6 +4,14 @@ from .architecture import Architecture
 from .bridge import TransformerBridge
 from .cache import ActivationCache
 from .config import BridgeConfig
+from .inputs import Inputs
 from .table import add_row
 
-__all__ = ["ActivationCache", "Architecture", "BridgeConfig", "TransformerBridge", "add_row"]
+__all__ = [
+    "ActivationCache",
+    "Architecture",
+    "BridgeConfig",
+    "Inputs",
+    "TransformerBridge",
+    "add_row",
+]

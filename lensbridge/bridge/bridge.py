@@ -269,6 +269,37 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
 
     # --- running ---------------------------------------------------------------------------------
 
+    def prepare(
+        self,
+        input: Any = None,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Any = None,
+        **hf_kwargs: Any,
+    ) -> Inputs:
+        """What `forward` makes of an input before it runs: ``bridge(**bridge.prepare(text).kwargs)``.
+
+        Args:
+            input: As in `forward`.
+            prepend_bos: As in `forward`.
+            padding_side: As in `forward`.
+            attention_mask: As in `forward`.
+            **hf_kwargs: As in `forward`.
+        Returns:
+            Keywords for the model's forward (``kwargs``), the ids (``tokens``) and the mask of real ones
+            (``mask``; None where all are), [batch, pos].
+        """
+        return prepare(
+            self._inner,
+            self._tokens,
+            input,
+            device=self.device,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            **hf_kwargs,
+        )
+
     def forward(
         self,
         input: Any = None,
@@ -319,16 +350,7 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
         if start is not None and is_encoder_decoder(self._inner):
             self._enter_decoder(value, hf_kwargs)
             value = None
-        inputs = prepare(
-            self._inner,
-            self._tokens,
-            value,
-            device=self.device,
-            prepend_bos=prepend_bos,
-            padding_side=padding_side,
-            attention_mask=attention_mask,
-            **hf_kwargs,
-        )
+        inputs = self.prepare(value, prepend_bos, padding_side, attention_mask, **hf_kwargs)
         if tokens is not None:
             inputs.tokens = tokens
         out = self._run(inputs, input, start, stop)

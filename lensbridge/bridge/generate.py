@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..hooks import HookRegistry, InputError
+from ..hooks import HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from .architecture import Architecture
 from .cache import ActivationCache, SliceInput
@@ -111,7 +114,8 @@ class Generation:
             stop_strings: End at these; needs a tokenizer.
             stopping_criteria: A function (ids, scores) -> bool [batch], or a list of them.
             pos_slice: Positions to keep, counted over prompt and new tokens.
-            sink: ``sink(name, tensor, step)`` takes each piece as soon as it is there; the cache stays empty.
+            sink: ``sink(name, tensor, positions)`` takes each piece as soon as it is there; the cache stays
+                empty. ``positions`` is None for what another tower shows at once.
             **hf_kwargs: Anything Hugging Face's ``generate`` or the model's forward takes.
         Returns:
             What ``return_type`` says (or, with ``output_logits`` or ``return_dict_in_generate``, the output
@@ -143,7 +147,14 @@ class Generation:
             **hf_kwargs,
         )
         recorder = None
-        if return_cache or sink is not None:
+        if not return_cache and sink is None:
+            unused = {"names_filter": names_filter, "device": device, "pos_slice": pos_slice}
+            given = [name for name, value in unused.items() if value is not None]
+            if given:
+                raise InputError(
+                    f"{', '.join(given)} says what to keep: pass return_cache=True (or sink=)"
+                )
+        else:
             recorder = self._recorder(request, names_filter, device, pos_slice, sink)
         with Progress(request.options, request.length if verbose else None) as options:
             request.options = options
@@ -200,7 +211,7 @@ class Generation:
 
         def run(streamer: Any) -> Any:
             request.options["streamer"] = streamer
-            return self._generated(request, None)
+            return self._generated(request, None, follows=True)
 
         steps = in_turns(run, max_tokens_per_yield, skip_prompt)
         if request.returns == "tokens":
@@ -313,13 +324,23 @@ class Generation:
         pos_slice: SliceInput,
         sink: Sink | None,
     ) -> LiveRecorder:
-        steps, config, mode = self._steps(request)
+        steps, config, mode = self._steps(request, reads_last=True)
         if mode not in _PLAIN:
             raise InputError(
                 f"a cache cannot be recorded during {mode.replace('_', ' ')}: rows are reordered, or tokens "
                 "taken back, after they were computed; generate without return_cache and run the returned "
                 "tokens through run_with_cache, or generate with num_beams=1 and without an assistant"
             )
+        if (
+            isinstance(pos_slice, int)
+            and request.continued is not None
+            and request.length is not None
+        ):
+            most = request.continued + request.length
+            if not -most <= pos_slice < most:
+                raise InputError(
+                    f"pos_slice={pos_slice} is outside a text of at most {most} positions"
+                )
         is_empty = isinstance(names_filter, (list, tuple)) and not names_filter
         edited = any(not x.observes for point in self.registry.live for x in point.fwd)
         return LiveRecorder(
@@ -333,12 +354,14 @@ class Generation:
             copies=edited,
         )
 
-    def _steps(self, request: Request) -> tuple[Steps, Any, str]:
+    def _steps(self, request: Request, *, reads_last: bool = False) -> tuple[Steps, Any, str]:
         """What follows the loop, the settings in force, and the way the next token is chosen."""
         config, mode = self._settings(request)
         is_plain = mode in _PLAIN or mode.startswith("beam")
         clock, loops = self.registry.clock, self._stack.loops
-        steps = Steps(loops, self.architecture, clock, request.continued, is_plain)
+        steps = Steps(
+            loops, self.architecture, clock, request.continued, is_plain, reads_last=reads_last
+        )
         return steps, config, mode
 
     def _settings(self, request: Request) -> tuple[Any, str]:
@@ -355,17 +378,33 @@ class Generation:
         return config, config.get_generation_mode(request.options.get("assistant_model")).value
 
     def _generated(
-        self, request: Request, recorder: LiveRecorder | None, *, must_fire: bool = False
+        self,
+        request: Request,
+        recorder: LiveRecorder | None,
+        *,
+        must_fire: bool = False,
+        follows: bool = False,
     ) -> tuple[Any, ActivationCache | None]:
-        """Run it; gives what Hugging Face returns, and the cache."""
+        """Run it; gives what Hugging Face returns, and the cache.
+
+        Args:
+            request: What to run.
+            recorder: Keeps what the points show.
+            must_fire: Whether a point that stays silent is an error.
+            follows: Follow the loop though nobody listens yet.
+        """
         if recorder is None and request.length == 0:
             return unchanged(request), None
         try:
-            if recorder is None and not self.registry.live:
+            if recorder is None and not (follows or self.registry.live):
                 return self._stack.generate(request.options), None
             if recorder is None:
                 return self._stack.generate(request.options, self._steps(request)[0]), None
             return record_generation(self._stack, request, recorder, must_fire=must_fire)
+        except ValueError as error:
+            if "model_kwargs" in str(error) and not isinstance(error, LensError):
+                raise InputError(f"generate: {error}{_meant(str(error))}") from error
+            raise
         except (IndexError, RuntimeError) as error:
             self._explain(error, Inputs(request.options, request.prompt, request.mask))
             raise
@@ -385,3 +424,13 @@ class Generation:
             decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for row in tokens.tolist()
         ]
+
+
+def _meant(message: str) -> str:
+    """Names like those that transformers did not know."""
+    from transformers import GenerationConfig
+
+    known = [*GenerationConfig().to_dict(), *signature(Generation.generate).parameters]
+    wrong = re.findall(r"'(\w+)'", message)
+    near = [name for word in wrong for name in get_close_matches(word, known, n=2)]
+    return f"; did you mean {', '.join(near)}?" if near else ""

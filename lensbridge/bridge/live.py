@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,11 @@ from .sampling import real_tokens
 from .steps import Steps
 from .tokens import positions_from_mask
 
-Sink = Callable[[str, Tensor, Step], Any]
-"""``sink(name, tensor, step)``: takes a piece as soon as it is there, instead of the cache."""
+Positions = Sequence[int] | None
+"""Positions of the text; None of what shows everything at once (an encoder, an image)."""
+
+Sink = Callable[[str, Tensor, Positions], Any]
+"""``sink(name, tensor, positions)``: takes a piece as soon as it is there, instead of the cache."""
 
 _OF_KEYS = (".k.", ".v.", ".hook_k", ".hook_v", ".hook_rot_k")
 
@@ -149,6 +152,7 @@ class LiveRecorder:
         ] = {}  # points that show something else than the positions of the pass
         self._pieces: dict[str, list[_Piece]] = {}
         self._whole: dict[str, Tensor] = {}
+        self._fired: dict[str, None] = {}  # names in the order they came
         self._behind: set[torch.device] = set()  # devices that copies to the CPU are coming from
 
     # --- while it happens ------------------------------------------------------------------------
@@ -174,7 +178,9 @@ class LiveRecorder:
             ):
                 self._store(tensor, hook)
                 return
-            if pieces and not step.start:
+            if not pieces:
+                self._fired[name] = None
+            elif not step.start:
                 pieces.clear()  # read again from the start: what comes now is newer
             pieces.append(_Piece(step, tensor, None, tensor._version))
 
@@ -193,8 +199,9 @@ class LiveRecorder:
         # A copy: a decoder may go on to change what it attends to.
         value = self._kept(tensor.clone(), hook)
         if self.sink is not None:
-            self.sink(str(hook.name), value, hook.step)
+            self.sink(str(hook.name), value, None)
         else:
+            self._fired[str(hook.name)] = None
             self._whole[str(hook.name)] = value
 
     def _of_this_pass(self, tensor: Tensor, hook: HookPoint, step: Step) -> Tensor:
@@ -234,8 +241,9 @@ class LiveRecorder:
             return
         value = self._kept(tensor, hook)
         if self.sink is not None:
-            self.sink(str(hook.name), value, step)
+            self.sink(str(hook.name), value, positions)
         else:
+            self._fired[str(hook.name)] = None
             version = value._version if self.is_plain and not value.is_inference() else None
             pieces.append(_Piece(step, value, positions, version))
 
@@ -257,7 +265,7 @@ class LiveRecorder:
         return moved.clone() if shares else moved
 
     def _moved(self, value: Tensor, device: torch.device) -> Tensor:
-        if value.is_cuda and device.type == "cpu":
+        if value.is_cuda and device.type == "cpu" and self.sink is None:
             # Pinned memory is what lets the copy run beside the model.
             copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._behind.add(value.device)
@@ -284,9 +292,8 @@ class LiveRecorder:
         order = wanted.of(text.first, stop)
         values: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        for point in self.points:
-            name = str(point.name)
-            pieces = self._pieces.get(name, [])
+        for name in [*self._fired, *self._odd]:
+            point, pieces = self.registry[name], self._pieces.get(name, [])
             if name in self._whole:
                 values[name] = _repeated(self._whole[name], rows)
             elif name in self._odd:

@@ -200,7 +200,8 @@ class Stack:
                 discard([listener])
             return
         kind, length, hands_on = self.block_kind
-        if hands_on:
+        # Behind the last layer nobody asks for it.
+        if hands_on and layer < len(self.blocks):
             raise InputError(
                 "start_at_layer: the layers of this model hand on more than the residual stream (a position "
                 "bias, say), so it cannot be entered late"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -41,11 +42,19 @@ def other_steps(
     found: dict[str, Step] = {}
     for prefix in architecture.elsewhere:
         # The encoder that stands beside a decoder reads the input; other towers read no text.
-        width = width_of(kwargs, _TEXT) if prefix == "encoder_" else None
+        width = _encoded(kwargs) if prefix == "encoder_" else None
         found[prefix] = Step(0, "encode", 0, width, width)
         if prefix == "encoder_":
             found.update(dict.fromkeys(_OF_ENCODER, found[prefix]))
     return found if main is None else found | head_step(kwargs, main)
+
+
+def _encoded(kwargs: Mapping[str, Any]) -> int | None:
+    """How many positions an encoder reads, or has read."""
+    made = kwargs.get("encoder_outputs")
+    if made is not None and isinstance(made[0], Tensor):
+        return made[0].shape[1]
+    return width_of(kwargs, _TEXT)
 
 
 def head_step(kwargs: Mapping[str, Any], main: Step) -> dict[str, Step]:
@@ -75,6 +84,7 @@ class Steps:
         clock: To be told.
         given: How many positions of ids ``generate`` was given to continue; None where it was given no ids.
         is_plain: Each pass after the first adds one token (greedy search, sampling, beams).
+        reads_last: Whether the last token will be read too; then the loop is overheard.
     Attributes:
         step: Of the last pass; None before the first.
         first: The first position that was read; not 0 where a past was given.
@@ -89,29 +99,36 @@ class Steps:
         clock: Clock,
         given: int | None,
         is_plain: bool,
+        reads_last: bool = False,
     ) -> None:
         self.loops = loops
         self.architecture = architecture
         self.clock = clock
         self.given = given
         self.is_plain = is_plain
+        self.reads_last = reads_last
         self.step: Step | None = None
         self.first = 0
         self.latest: tuple[Any, dict[str, Any]] | None = None
         self.is_static = False
         self._names = _continued(architecture)
         self._elsewhere = other_steps({}, architecture, None)
+        self._thread = 0
         self._depth = 0
         self._beyond = 0  # columns behind the text: a mask token at the place to predict (XLNet)
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Follow the passes made inside a ``with`` block."""
+        """Follow the passes that this thread makes inside a ``with`` block.
+
+        A stream waits in a thread of its own while others run the same model.
+        """
+        self._thread = get_ident()
         with ExitStack() as stack:
             # A single module does not run inside itself.
             after = self._after if len(self.loops) > 1 else None
             stack.enter_context(watch(self.loops, self._before, after))
-            for module in self.loops.values():
+            for module in self.loops.values() if self.reads_last else ():
                 stack.enter_context(self._listening_in(module))
             yield
 
@@ -136,19 +153,23 @@ class Steps:
                 module.__dict__[_UPDATE] = own
 
     def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != self._thread:
+            return
         self._depth += 1
         if self._depth == 1 or len(self.loops) == 1:
             self.step = step = self._next(kwargs)
             self.clock.tell(step, self._elsewhere | head_step(kwargs, step))
 
     def _after(self, name: str, output: Any) -> None:
-        self._depth -= 1
+        if get_ident() == self._thread:
+            self._depth -= 1
 
     def _next(self, kwargs: Mapping[str, Any]) -> Step:
         width = width_of(kwargs, self._names) or 0
         last = self.step
         if last is None or last.stop is None or last.prompt_length is None:
             self._note_kind(kwargs)
+            self._elsewhere = other_steps(kwargs, self.architecture, None)
             return self._first(width, past_length(kwargs))
         if last.stop < last.prompt_length:  # the prompt comes in chunks
             return Step(0, "prefill", last.stop, last.stop + width, last.prompt_length)

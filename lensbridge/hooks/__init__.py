@@ -1,5 +1,12 @@
 """Hook points, taps and their registry: knows torch, has never heard of transformers."""
 
+from .capture import (
+    module_gradients,
+    module_kwargs,
+    node_gradients,
+    on_node,
+    tensor_gradients,
+)
 from .errors import (
     AbsentPointError,
     ArchitectureError,
@@ -13,6 +20,7 @@ from .errors import (
     SelectionError,
     UnknownPointError,
 )
+from .names import act_name
 from .point import HookFunction, HookPoint, Listener
 from .registry import HookRegistry
 from .scope import HookScope
@@ -45,5 +53,11 @@ __all__ = [
     "Tap",
     "UnknownPointError",
     "Unsettled",
+    "act_name",
+    "module_gradients",
+    "module_kwargs",
+    "node_gradients",
+    "on_node",
+    "tensor_gradients",
     "watch",
 ]

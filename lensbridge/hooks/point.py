@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -195,6 +196,18 @@ class HookPoint(nn.Module):
         )
         attach([listener], prepend=prepend)
         return listener
+
+    @contextmanager
+    def listening(self, fn: HookFunction, dir: str = "fwd") -> Iterator[Listener]:
+        """Have one function look here for the length of a ``with`` block.
+
+        Gradients of a graph that was made inside are told after the block too, as long as the graph lives.
+        """
+        listener = self.add_hook(fn, dir, observes=True)
+        try:
+            yield listener
+        finally:
+            discard([listener])
 
     def add_perma_hook(self, fn: Any, dir: str = "fwd") -> Listener:
         """Listen here through every ``reset_hooks()``."""
