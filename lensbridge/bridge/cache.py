@@ -92,7 +92,9 @@ class ActivationCache(Mapping[str, Tensor]):
             held = ", ".join(list(self.cache_dict)[:4]) or "nothing"
             why = self.left_out.get(canonical)
             if why is not None:
-                raise UnknownPointError(f"{name!r} is not in this cache: {why}")
+                raise UnknownPointError(
+                    f"{name!r} is not in this cache: its values do not line up with the text ({why})"
+                )
             what = "gradient of it (incl_bwd=True asks for gradients)" if is_grad else "such point"
             if not (is_grad or self.registry[bare].is_default):
                 what = "such point: it multiplies memory, so it is computed only when names_filter names it"

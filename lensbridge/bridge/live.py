@@ -147,9 +147,8 @@ class LiveRecorder:
         self._elsewhere = steps.architecture.elsewhere
         main, towers = steps.architecture.main, steps.architecture.towers
         self._towers = tuple(tower.prefix for tower in towers if tower is not main)
-        self._odd: dict[
-            str, str
-        ] = {}  # points that show something else than the positions of the pass
+        # Points that show something else than the positions of the pass, and what.
+        self._odd: dict[str, str] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         self._whole: dict[str, Tensor] = {}
         self._fired: dict[str, None] = {}  # names in the order they came
@@ -164,7 +163,7 @@ class LiveRecorder:
         name = str(point.name)
         pieces = self._pieces[name] = []
         is_of_keys = any(part in name for part in _OF_KEYS)
-        if not self.is_plain or point.is_volatile or is_of_keys:
+        if not self.is_plain or point.is_volatile or is_of_keys or point.axes == "...":
             return self._store
         clock, dim = self.clock, _position_dim(point)
 
@@ -221,6 +220,9 @@ class LiveRecorder:
         if step.start == 0 and pieces and self.sink is None:
             pieces.clear()  # read again from the start: what comes now is newer
         dim, stop = _position_dim(hook), step.positions.stop
+        if dim >= tensor.dim():
+            self._odd[str(hook.name)] = f"a tensor of shape {list(tensor.shape)}"
+            return
         if tensor.shape[dim] > len(step.positions) or self.steps.is_static:
             tensor = self._of_this_pass(tensor, hook, step)
         width = tensor.shape[dim]
@@ -295,15 +297,16 @@ class LiveRecorder:
         for name in [*self._fired, *self._odd]:
             point, pieces = self.registry[name], self._pieces.get(name, [])
             if name in self._whole:
-                values[name] = _repeated(self._whole[name], rows)
+                is_read = name.startswith("encoder_") or ".cross_attn." in name
+                value = self._whole[name]
+                values[name] = _repeated(value, rows) if is_read else value
             elif name in self._odd:
                 left_out[name] = self._odd[name]
             elif pieces:
                 laid = _laid_out(point, pieces, order, stop, self.steps.is_static)
                 if isinstance(laid, str) and len(pieces) == 1 and name.startswith(self._towers):
-                    laid = pieces[
-                        0
-                    ].value  # a tower that ran once, on something as long as the prompt
+                    # A tower that ran once, on something as long as the prompt.
+                    laid = pieces[0].value
                 if isinstance(laid, str):
                     left_out[name] = laid
                 else:
@@ -314,7 +317,7 @@ class LiveRecorder:
                 f"{name} cannot be cached during generation, its values do not line up with the text: {why}; "
                 "give sink= to take its pieces as they come"
             )
-        index = torch.tensor(order, device=text.mask.device)
+        index = torch.tensor(order, dtype=torch.long, device=text.mask.device)
         cut = [None if x is None else x.index_select(1, index) for x in (text.mask, text.tokens)]
         mask, tokens = (x[:, 0] if x is not None and wanted.is_one else x for x in cut)
         return ActivationCache(values, self.registry, mask=mask, tokens=tokens, left_out=left_out)
@@ -345,13 +348,14 @@ def _laid_out(
     indices = [where[position] for position in order]
     if indices == list(range(joined.shape[dim])):
         return joined
-    return joined.index_select(dim, torch.tensor(indices, device=joined.device))
+    index = torch.tensor(indices, dtype=torch.long, device=joined.device)
+    return joined.index_select(dim, index)
 
 
 def _repeated(value: Tensor, rows: int) -> Tensor:
     """One row a sequence, where several are continued from one input."""
     n = value.shape[0] if value.dim() else 0
-    return value.repeat_interleave(rows // n, dim=0) if 1 < n < rows and not rows % n else value
+    return value.repeat_interleave(rows // n, dim=0) if n and n < rows and not rows % n else value
 
 
 def _squared(name: str, pieces: list[_Piece], stop: int, is_static: bool) -> list[Tensor]:

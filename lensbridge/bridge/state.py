@@ -21,6 +21,11 @@ class ModelState:
     _inner: nn.Module
     _entry: nn.Module
 
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The Hugging Face model itself, also where `original_model` is a compiled one."""
+        return self._inner
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The Hugging Face model's parameters."""
         return self.original_model.parameters(recurse)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import GradientError, HookValueError, InputError
+from .errors import GradientError, HookNotFiredError, HookValueError, InputError
 
 Gradients = list[tuple[Tensor | None, ...]]
 
@@ -17,11 +17,18 @@ Gradients = list[tuple[Tensor | None, ...]]
 class _Calls:
     """Gathers the gradients of each call of a module, one tuple for each time a call is differentiated."""
 
-    def __init__(self, found: Gradients) -> None:
+    def __init__(self, found: Gradients, where: str) -> None:
         self.found = found
+        self.where = where
+        self.is_empty = True
 
     def watch(self, tensors: list[Tensor]) -> list[Tensor]:
         """Tensors to go on with, each telling its gradient."""
+        if not tensors:
+            raise GradientError(
+                f"nothing at the {self.where} is a floating-point tensor, which a gradient needs"
+            )
+        self.is_empty = False
         slots: list[Tensor | None] = [None] * len(tensors)
         place: list[int] = []  # of this call's tuple in `found`, once there is one
         watched = []
@@ -78,12 +85,13 @@ def module_gradients(
         tensor (None where none arrived).
     Raises:
         InputError: Another site.
-        GradientError: On the forward pass, when gradients are disabled.
+        GradientError: On the forward pass, when gradients are disabled or nothing there can carry one.
+        HookNotFiredError: On leaving, when the module was not called.
     """
     if site not in ("output", "input"):
         raise InputError(f"site must be 'output' or 'input', got {site!r}")
     found: Gradients = []
-    calls = _Calls(found)
+    calls = _Calls(found, f"{site} of {type(module).__name__}")
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_enabled(module)
@@ -95,7 +103,7 @@ def module_gradients(
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         _check_enabled(module)
         if isinstance(output, Tensor):
-            return calls.watch([output])[0] if _carries(output) else output
+            return calls.watch([output] if _carries(output) else [])[0]
         items = list(output.values() if isinstance(output, dict) else output)
         watched = iter(calls.watch([x for x in items if _carries(x)]))
         replaced = [next(watched) if _carries(x) else x for x in items]
@@ -113,6 +121,10 @@ def module_gradients(
         yield found
     finally:
         handle.remove()
+    if calls.is_empty:
+        raise HookNotFiredError(
+            f"{type(module).__name__} was not called inside the block: run the forward pass there, not before"
+        )
 
 
 @contextmanager

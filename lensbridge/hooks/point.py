@@ -198,12 +198,14 @@ class HookPoint(nn.Module):
         return listener
 
     @contextmanager
-    def listening(self, fn: HookFunction, dir: str = "fwd") -> Iterator[Listener]:
-        """Have one function look here for the length of a ``with`` block.
+    def listening(
+        self, fn: HookFunction, dir: str = "fwd", *, observes: bool = True
+    ) -> Iterator[Listener]:
+        """Have one function look (or, unless it only ``observes``, write) here during a ``with`` block.
 
         Gradients of a graph that was made inside are told after the block too, as long as the graph lives.
         """
-        listener = self.add_hook(fn, dir, observes=True)
+        listener = self.add_hook(fn, dir, observes=observes)
         try:
             yield listener
         finally:

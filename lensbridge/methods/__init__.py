@@ -8,6 +8,7 @@ from .gradients import (
     capture_kwargs_hook,
     tensor_grad_hook,
 )
+from .granularity import Aggregation, Granularity
 from .interventions import InterventionSpec, apply_interventions
 from .lens import LensAPI
 from .scoring import (
@@ -18,12 +19,19 @@ from .scoring import (
     logits_to_probs,
     select_final_token,
 )
+from .split_points import ModelWithSplitPoints
+from .splitters import BaseSplitter, SplitterForGeneration
 from .tracing import TraceResult, TransformerTracer
 
 __all__ = [
+    "Aggregation",
+    "BaseSplitter",
+    "Granularity",
     "InterventionSpec",
     "LensAPI",
     "ModelAdapter",
+    "ModelWithSplitPoints",
+    "SplitterForGeneration",
     "TokenScores",
     "TraceResult",
     "TransformerTracer",

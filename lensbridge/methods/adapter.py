@@ -60,6 +60,16 @@ class ModelAdapter:
             raise AbsentPointError(f"the attention of layer {layer} has no output projection")
         return self._module(path)
 
+    get_attention_output_proj = get_o_proj
+
+    def get_pre_attention_norm(self, layer: int) -> nn.Module:
+        """The norm that a layer's attention reads from."""
+        return self._norm(layer, "attn")
+
+    def get_pre_mlp_norm(self, layer: int) -> nn.Module:
+        """The norm that a layer's MLP reads from."""
+        return self._norm(layer, "mlp")
+
     def get_mlp(self, layer: int) -> nn.Module:
         """The MLP (or experts) of a layer."""
         part = self._block(layer).mlp
@@ -92,6 +102,13 @@ class ModelAdapter:
         if part is None:
             raise AbsentPointError(f"layer {layer} has no attention: {self._block(layer).kind}")
         return part
+
+    def _norm(self, layer: int, branch: str) -> nn.Module:
+        found = self._block(layer).branch(branch)
+        if found is None or found.ln is None:
+            why = self._block(layer).kind if found is None else "no norm stands before it"
+            raise AbsentPointError(f"layer {layer} has no norm before {branch}: {why}")
+        return self._module(found.ln.path)
 
     def _named(self, path: str | None, what: str) -> nn.Module:
         if path is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..bridge import TransformerBridge
 from ..hooks import (
     GradientError,
+    HookNotFiredError,
     HookPoint,
     InputError,
     UnknownPointError,
@@ -50,7 +51,7 @@ def resolve(target: Target, bridge: TransformerBridge | None) -> nn.Module:
             raise InputError(f"{target!r} names {len(found)} points; give one")
         return found[0]
     except UnknownPointError:
-        module = dict(bridge.original_model.named_modules()).get(target)
+        module = dict(bridge.unwrapped_model.named_modules()).get(target)
         if module is None:
             raise
         return module
@@ -76,7 +77,8 @@ def capture_gradients(
         A list that grows by one tuple each time a call is differentiated: the gradient of each tensor there.
     Raises:
         InputError: Another site, or a name without a bridge.
-        GradientError: On the forward pass, when gradients are disabled.
+        GradientError: On the forward pass, when gradients are disabled or nothing there can carry one.
+        HookNotFiredError: On leaving, when no forward pass came by.
     """
     place = resolve(target, bridge)
     if not isinstance(place, HookPoint):
@@ -88,8 +90,14 @@ def capture_gradients(
             f"{place.name!r} is one tensor and has no {site!r}: name the point before it, or give the module"
         )
     found = []
-    with place.listening(lambda grad, hook: found.append((grad.detach().clone(),)), "bwd"):
+    with place.listening(
+        lambda grad, hook: found.append((grad.detach().clone(),)), "bwd"
+    ) as listener:
         yield found
+    if not listener.fired:
+        raise HookNotFiredError(
+            f"{place.name!r} was not passed inside the block: run the forward pass there, not before"
+        )
 
 
 @contextmanager
@@ -199,13 +207,14 @@ def autograd_node_hook(
         raise InputError(f"{target!r} is a module, not a tensor; use capture_gradients")
     found = []
 
-    def listen(tensor: Tensor, hook: HookPoint) -> None:
+    def listen(tensor: Tensor, hook: HookPoint) -> Tensor:
         if tensor.grad_fn is None:
             raise GradientError(
                 f"{hook.name!r} was computed without a graph (a frozen model, or gradients disabled): no "
                 "operation passes anything on there; capture_gradients starts a graph itself"
             )
         on_node(tensor, found)
+        return tensor  # so that what is shown is what the model goes on with
 
-    with point.listening(listen):
+    with point.listening(listen, observes=False):
         yield found

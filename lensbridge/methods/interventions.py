@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..bridge import TransformerBridge
 from ..hooks import HookPoint, InputError
-from .sites import LOGITS, Place, Transform, is_per_layer, place_of
+from .sites import LOGITS, Place, Transform, place_of, places_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,11 @@ class InterventionSpec:
     """A change at a site.
 
     Attributes:
-        site: One of `lensbridge.methods.sites.SITES`, ``logits`` (the model's own), or a hook point.
+        site: One of `lensbridge.methods.sites.SITES`, ``logits`` (what the head makes, before a soft cap), or
+            a hook point.
         transform: Given the tensor as the site shows it; returns the one to go on with.
-        layer: Which layer, negative from the end; None for all of them, or for a place that is no layer's.
+        layer: Which layer, negative from the end; None for all that have the site, or for a place that is no
+            layer's.
     """
 
     site: str
@@ -75,9 +77,9 @@ def _places(spec: InterventionSpec, bridge: TransformerBridge) -> list[Place]:
                 "on 'logits' without a layer"
             )
         return [Place(LOGITS, None, bridge.registry["unembed.hook_out"])]
-    if spec.layer is not None or not is_per_layer(spec.site, bridge):
+    if spec.layer is not None:
         return [place_of(spec.site, spec.layer, bridge)]
-    return [place_of(spec.site, i, bridge) for i in range(len(bridge.architecture.blocks))]
+    return places_of(spec.site, None, bridge)
 
 
 def _writing(place: Place, transform: Transform) -> Any:

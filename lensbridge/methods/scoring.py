@@ -20,7 +20,8 @@ def apply_temperature(
     Raises:
         InputError: A temperature that is not above 0.
     """
-    if isinstance(temperature, bool) or not temperature > 0:
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not temperature > 0:
         raise InputError(f"the temperature must be above 0, got {temperature!r}")
     return logits / temperature
 
@@ -158,7 +159,12 @@ class TokenScores:
             raise InputError(
                 f"token_ids has shape {list(self.input_ids.shape)} like the text, got {list(ids.shape)}"
             )
-        return gather_token_scores(self.log_probs, ids)
+        d_vocab = self.logits.shape[-1]
+        if ids.is_floating_point() or bool(((ids < 0) | (ids >= d_vocab)).any()):
+            raise InputError(
+                f"token ids are whole numbers from 0 to {d_vocab - 1}, got {token_ids!r}"
+            )
+        return gather_token_scores(self.log_probs, ids.long())
 
     gather_log_probs = gather
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..bridge import TransformerBridge
 from ..hooks import (
+    AbsentPointError,
     HookPoint,
+    HookValueError,
     InputError,
     LayerRangeError,
     PointError,
@@ -56,9 +58,23 @@ class Place:
         """The tensor as the site shows it."""
         return tensor.flatten(-2) if self.merges_heads else tensor
 
-    def write(self, new: Tensor, old: Tensor) -> Tensor:
-        """What the point is given for a changed tensor of the site."""
-        return new.reshape(old.shape) if self.merges_heads and isinstance(new, Tensor) else new
+    def write(self, new: Any, old: Tensor) -> Tensor:
+        """What the point is given for a changed tensor of the site.
+
+        Raises:
+            HookValueError: It is none, or of another shape.
+        """
+        where = f"site {self.site!r}" + ("" if self.layer is None else f" of layer {self.layer}")
+        if not isinstance(new, Tensor):
+            raise HookValueError(
+                f"the transform at {where} returned {type(new).__name__}, not a tensor"
+            )
+        wanted = self.read(old).shape
+        if new.shape != wanted:
+            raise HookValueError(
+                f"the transform at {where} returned {list(new.shape)}; the value there is {list(wanted)}"
+            )
+        return new.reshape(old.shape)
 
 
 def is_per_layer(site: str, bridge: TransformerBridge) -> bool:
@@ -107,6 +123,34 @@ def place_of(site: str, layer: int | None, bridge: TransformerBridge) -> Place:
     return Place(site, index, bridge.registry[full])
 
 
+def places_of(site: Any, layers: list[int] | None, bridge: TransformerBridge) -> list[Place]:
+    """Every place of a site.
+
+    Args:
+        site: As in `place_of`.
+        layers: Which layers; None for all that have it.
+        bridge: The model.
+    Raises:
+        UnknownPointError, LayerRangeError, InputError: As in `place_of`.
+        AbsentPointError: A layer that was named lacks it, or every layer does.
+    """
+    if not isinstance(site, str):
+        raise InputError(f"a site is a name, got {type(site).__name__}: {site!r}")
+    if not site:
+        raise unknown(site, bridge)
+    if not is_per_layer(site, bridge):
+        return [place_of(site, None, bridge)]
+    found, reasons = [], []
+    for layer in range(len(bridge.architecture.blocks)) if layers is None else layers:
+        try:
+            found.append(place_of(site, layer, bridge))
+        except AbsentPointError as error:  # noqa: PERF203 - a few layers
+            reasons.append(error)
+    if reasons and not (layers is None and found):
+        raise reasons[0]
+    return found
+
+
 def _point(site: str, name: str, bridge: TransformerBridge) -> HookPoint:
     try:
         return bridge.registry[name]
@@ -152,7 +196,9 @@ def _in_layer(site: str, layer: int, bridge: TransformerBridge) -> str | None:
 
 def unknown(site: str, bridge: TransformerBridge) -> UnknownPointError:
     """The exception for a site that leads nowhere."""
-    near = get_close_matches(site, [*SITES, LOGITS], n=3, cutoff=0.5)
+    start = f"{bridge.registry.layers}.0."
+    inside = [name.removeprefix(start) for name in bridge.hook_dict if name.startswith(start)]
+    near = get_close_matches(site, [*SITES, LOGITS, *inside], n=3, cutoff=0.5)
     near = near or bridge.registry.nearest(site) or [*SITES, LOGITS]
     return UnknownPointError(
         f"{site!r} is neither a site ({', '.join([*SITES, LOGITS])}) nor a hook point; nearest: "

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bridge import Inputs, TransformerBridge
-from ..hooks import AbsentPointError, HookPoint, InputError, UnknownPointError
-from .sites import LOGITS, SITES, Place, is_per_layer, layer_index, place_of, unknown
+from ..hooks import HookPoint, InputError, UnknownPointError
+from .sites import LOGITS, SITES, Place, layer_index, place_of, places_of
 
 DEFAULT_SITES = ("block_output", "final_norm", LOGITS)
 
@@ -49,14 +49,15 @@ class TraceResult:
                 f"the trace has no site {site!r}; it has {', '.join(self.activations)}"
             )
         held = self.activations[site]
-        if layer is not None and layer < 0 and None not in held:
-            layer += self.metadata.get("n_layers", 0)
-        if layer not in held:
+        index = layer
+        if index is not None and index < 0 and None not in held:
+            index += self.metadata.get("n_layers", 0)
+        if index not in held:
             layers = "no layers: leave the layer out" if None in held else f"layers {list(held)}"
             raise UnknownPointError(
                 f"site {site!r} was not traced at layer {layer}; it has {layers}"
             )
-        return held[layer]
+        return held[index]
 
     def has(self, site: str, layer: int | None = None) -> bool:
         """Whether the trace holds a site."""
@@ -134,7 +135,8 @@ class TransformerTracer:
         )
         chosen = _layers(layers, bridge)
         sought = [site for site in wanted if site != LOGITS]
-        places = [x for s in sought for x in _places(s, chosen, bridge, is_all=layers is None)]
+        named = None if layers is None else chosen
+        places = [place for site in sought for place in places_of(site, named, bridge)]
         held: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor, hook: HookPoint) -> None:
@@ -186,27 +188,6 @@ def _layers(layers: Iterable[int] | int | None, bridge: TransformerBridge) -> li
         return list(range(len(bridge.architecture.blocks)))
     given = [layers] if isinstance(layers, int) else list(layers)
     return [layer_index(layer, bridge) for layer in given]
-
-
-def _places(
-    site: Any, layers: list[int], bridge: TransformerBridge, *, is_all: bool
-) -> list[Place]:
-    """Where a site is; layers that nobody named may lack it, as long as one has it."""
-    if not isinstance(site, str):
-        raise InputError(f"a site is a name, got {type(site).__name__}: {site!r}")
-    if not site:
-        raise unknown(site, bridge)
-    if not is_per_layer(site, bridge):
-        return [place_of(site, None, bridge)]
-    found, reasons = [], []
-    for layer in layers:
-        try:
-            found.append(place_of(site, layer, bridge))
-        except AbsentPointError as error:  # noqa: PERF203 - a few layers
-            reasons.append(error)
-    if reasons and not (is_all and found):
-        raise reasons[0]
-    return found
 
 
 def _read_off(bridge: TransformerBridge, stream: Tensor, end: Place, inputs: Inputs) -> Tensor:

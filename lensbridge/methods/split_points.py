@@ -1,0 +1,186 @@
+"""ModelWithSplitPoints: several split points, every granularity, predictions of classifiers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bridge import TransformerBridge
+from ..hooks import InputError, UnknownPointError
+from .concept_gradients import ConceptGradients
+from .granularity import Aggregation, Granularity
+from .splitters import Activations, BaseSplitter
+
+
+class ModelWithSplitPoints(BaseSplitter):
+    """Activations of any model at several places, one row for each token, word, sentence or text.
+
+    Args:
+        model_or_repo_id: A repo id or folder, a loaded model, or a bridge.
+        tokenizer: The tokenizer; a checkpoint and a bridge bring their own.
+        split_points: Layer indices, hook points, or paths of modules; one, or a list.
+        automodel: The transformers class to load a checkpoint with.
+        config: The configuration to load it with.
+        batch_size: How many texts run together.
+        device_map: Where to put the model.
+        **kwargs: Passed to ``from_pretrained``.
+    Raises:
+        InputError: No tokenizer, or arguments that exclude each other.
+        UnknownPointError, AbsentPointError, LayerRangeError: A split point that is not there.
+
+    Example::
+
+        split = ModelWithSplitPoints(model, tokenizer, [2, "blocks.3.mlp.hook_out"], batch_size=8)
+        acts, _ = split.get_activations(texts, activation_granularity=Granularity.WORD)
+        acts["2"]                                          # [words, d_model]
+    """
+
+    activation_granularities = Granularity
+    aggregation_strategies = Aggregation
+
+    def __init__(
+        self,
+        model_or_repo_id: str | os.PathLike[str] | nn.Module | TransformerBridge,
+        tokenizer: Any = None,
+        split_points: int | str | Sequence[int | str] = (),
+        *,
+        automodel: Any = None,
+        config: Any = None,
+        batch_size: int = 1,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        points = [split_points] if isinstance(split_points, (int, str)) else list(split_points)
+        super().__init__(
+            model_or_repo_id,
+            points,
+            tokenizer=tokenizer,
+            automodel=automodel,
+            config=config,
+            batch_size=batch_size,
+            device_map=device_map,
+            **kwargs,
+        )
+
+    @property
+    def split_points(self) -> dict[str, str]:
+        """The hook point behind each split point, by the name it was given. Setting it takes a list."""
+        return dict(self._points)
+
+    @split_points.setter
+    def split_points(self, split_points: Sequence[int | str]) -> None:
+        self._set_split_points(split_points)
+
+    def get_activations(
+        self,
+        inputs: Any,
+        activation_granularity: Granularity = Granularity.TOKEN,
+        aggregation_strategy: Aggregation = Aggregation.MEAN,
+        tqdm_bar: bool = False,
+        include_predicted_classes: bool = False,
+        flatten_activations: bool = True,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> tuple[Activations | dict[str, Activations], Any]:
+        """Rows of activations at every split point, from one forward pass a batch.
+
+        Args:
+            inputs: A list of texts; ids [batch, pos]; or what a tokenizer returns.
+            activation_granularity: What a row stands for; padding is left out of all of them.
+            aggregation_strategy: How the rows of several tokens become one.
+            tqdm_bar: Show a progress bar.
+            include_predicted_classes: Also return what a classifier predicts for each text.
+            flatten_activations: One tensor [rows, d] instead of a list of them, one for each text.
+            forward_kwargs: Further keywords of the model's forward.
+            device: Where to put the rows; None leaves them where the model is.
+            dtype: Their dtype; None is the model's.
+        Returns:
+            The rows, in the order of the texts: of the only split point, or by split point's name where there
+            are several; and the predicted class of each row ([rows], or one a text), or None.
+        Raises:
+            InputError: A granularity the input cannot give, or predictions of what is no classifier.
+        """
+        if include_predicted_classes and not self._classifies:
+            raise InputError(
+                f"{type(self.model).__name__} predicts no class of a text: include_predicted_classes is for "
+                "sequence classifiers"
+            )
+        acts, predicted = self._collect(
+            inputs,
+            activation_granularity,
+            aggregation_strategy,
+            flatten=flatten_activations,
+            tqdm_bar=tqdm_bar,
+            forward_kwargs=forward_kwargs,
+            device=device,
+            dtype=dtype,
+            predicts=include_predicted_classes,
+        )
+        return (acts if len(acts) > 1 else next(iter(acts.values()))), predicted
+
+    def get_latent_shape(self) -> dict[str, torch.Size]:
+        """The shape of what each split point shows for a short text, [1, pos, d]."""
+        return self._latent_shape()
+
+    def concept_output_gradient(
+        self,
+        inputs: Any,
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        targets: Any = None,
+        split_point: int | str | None = None,
+        activation_granularity: Granularity = Granularity.TOKEN,
+        aggregation_strategy: Aggregation = Aggregation.MEAN,
+        concepts_x_gradients: bool = True,
+        normalization: bool = True,
+        tqdm_bar: bool = False,
+        batch_size: int | None = None,
+    ) -> list[Tensor]:
+        """How the outputs change with the concepts that a split point is rebuilt from.
+
+        Args:
+            inputs: As in `get_activations`.
+            encode: Concepts [rows, c] of activations [rows, d].
+            decode: Activations [rows, d] of concepts [rows, c]; differentiable.
+            targets: Which outputs: classes of a classifier; positions of a text, whose likeliest next token's
+                logit is meant (negative from the text's end). One list for all texts, or a list of lists. All
+                of them unless given.
+            split_point: Which, where there are several.
+            activation_granularity: What a row stands for; ``SAMPLE`` cannot be put back.
+            aggregation_strategy: How the rows of several tokens become one, and are put back.
+            concepts_x_gradients: Multiply gradients by the concepts.
+            normalization: Divide by the sum of absolute values over rows and concepts, for each target;
+                targets that nothing changes stay zero.
+            tqdm_bar: Show a progress bar.
+            batch_size: How many texts run together; as in the constructor unless given.
+        Returns:
+            For each text a tensor [targets, rows, concepts], on the CPU.
+        Raises:
+            InputError: A target that is not there, concepts of the wrong shape, or SAMPLE.
+            GradientError: ``decode`` is not differentiable.
+        """
+        if split_point is None and len(self._points) > 1:
+            raise InputError(f"say which split point: {', '.join(self._points)}")
+        key = next(iter(self._points)) if split_point is None else self._name(split_point)
+        if key not in self._points:
+            raise UnknownPointError(
+                f"{split_point!r} is none of the split points: {', '.join(self._points)}"
+            )
+        return ConceptGradients(self, self._points[key], self._classifies).of(
+            inputs,
+            encode,
+            decode,
+            targets=targets,
+            granularity=activation_granularity,
+            how=aggregation_strategy,
+            times_concepts=concepts_x_gradients,
+            normalizes=normalization,
+            tqdm_bar=tqdm_bar,
+            batch_size=batch_size,
+        )
