@@ -360,7 +360,13 @@ class Generation:
         is_plain = mode in _PLAIN or mode.startswith("beam")
         clock, loops = self.registry.clock, self._stack.loops
         steps = Steps(
-            loops, self.architecture, clock, request.continued, is_plain, reads_last=reads_last
+            loops,
+            self.architecture,
+            clock,
+            request.continued,
+            is_plain,
+            self._stack.level,
+            reads_last=reads_last,
         )
         return steps, config, mode
 

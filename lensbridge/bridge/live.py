@@ -165,12 +165,13 @@ class LiveRecorder:
         is_of_keys = any(part in name for part in _OF_KEYS)
         if not self.is_plain or point.is_volatile or is_of_keys or point.axes == "...":
             return self._store
-        clock, dim = self.clock, _position_dim(point)
+        clock, steps, dim = self.clock, self.steps, _position_dim(point)
 
         def store(tensor: Tensor, hook: HookPoint) -> None:
             step = clock.main
             if (
                 step is None
+                or step is not steps.step
                 or step.stop is None
                 or tensor.shape[dim] != step.stop - step.start
                 or tensor.is_inference()
@@ -216,12 +217,14 @@ class LiveRecorder:
 
     def _store(self, tensor: Tensor, hook: HookPoint) -> None:
         step = self._step(hook)
+        if self.steps.step is not None and step is not self.steps.step:
+            return  # of a run that a hook function makes
         pieces = self._pieces[str(hook.name)]
         if step.start == 0 and pieces and self.sink is None:
             pieces.clear()  # read again from the start: what comes now is newer
         dim, stop = _position_dim(hook), step.positions.stop
         if dim >= tensor.dim():
-            self._odd[str(hook.name)] = f"a tensor of shape {list(tensor.shape)}"
+            self._set_aside(tensor, hook, f"a tensor of shape {list(tensor.shape)}")
             return
         if tensor.shape[dim] > len(step.positions) or self.steps.is_static:
             tensor = self._of_this_pass(tensor, hook, step)
@@ -229,7 +232,8 @@ class LiveRecorder:
         # The head may be given the last positions only.
         is_short = width < len(step.positions) and str(hook.name).startswith("unembed")
         if width != len(step.positions) and not is_short:
-            self._odd[str(hook.name)] = f"{width} entries in a pass over {len(step.positions)}"
+            why = f"{width} entries in a pass over {len(step.positions)}"
+            self._set_aside(tensor, hook, why)
             return
         positions: list[int] | range = range(stop - width, stop)
         if self.wanted is not None:
@@ -248,6 +252,13 @@ class LiveRecorder:
             self._fired[str(hook.name)] = None
             version = value._version if self.is_plain and not value.is_inference() else None
             pieces.append(_Piece(step, value, positions, version))
+
+    def _set_aside(self, tensor: Tensor, hook: HookPoint, why: str) -> None:
+        """What does not line up with the text is for a sink only."""
+        if self.sink is not None:
+            self.sink(str(hook.name), self._kept(tensor, hook), None)
+        else:
+            self._odd[str(hook.name)] = why
 
     def _forget(self, pieces: list[_Piece], stop: int) -> None:
         """Let go of what only the end of a shorter text would have wanted."""
@@ -303,7 +314,9 @@ class LiveRecorder:
             elif name in self._odd:
                 left_out[name] = self._odd[name]
             elif pieces:
-                laid = _laid_out(point, pieces, order, stop, self.steps.is_static)
+                is_square = point.axes.endswith("query key") and self.steps.is_static
+                room = self.steps.room_of(point) if is_square else None
+                laid = _laid_out(point, pieces, order, stop, room)
                 if isinstance(laid, str) and len(pieces) == 1 and name.startswith(self._towers):
                     # A tower that ran once, on something as long as the prompt.
                     laid = pieces[0].value
@@ -328,12 +341,12 @@ def _position_dim(point: HookPoint) -> int:
 
 
 def _laid_out(
-    point: HookPoint, pieces: list[_Piece], order: list[int], stop: int, is_static: bool
+    point: HookPoint, pieces: list[_Piece], order: list[int], stop: int, room: int | None
 ) -> Tensor | str:
     """The values at some positions, from the pieces they came in; or why that cannot be."""
     dim, values = _position_dim(point), [piece.value for piece in pieces]
     if point.axes.split()[-2:] == ["query", "key"] and ".cross_attn." not in str(point.name):
-        values = _squared(str(point.name), pieces, stop, is_static)
+        values = _squared(str(point.name), pieces, stop, room)
     # Of a position that came twice, the last is meant.
     where = {p: i for i, p in enumerate(p for piece in pieces for p in piece.positions)}
     lost = [position for position in order if position not in where]
@@ -358,22 +371,29 @@ def _repeated(value: Tensor, rows: int) -> Tensor:
     return value.repeat_interleave(rows // n, dim=0) if n and n < rows and not rows % n else value
 
 
-def _squared(name: str, pieces: list[_Piece], stop: int, is_static: bool) -> list[Tensor]:
-    """Scores or patterns of each pass over all keys of the text, [batch, head, query, key]."""
-    first = pieces[0]
+def _squared(name: str, pieces: list[_Piece], stop: int, room: int | None) -> list[Tensor]:
+    """Scores or patterns of each pass over all keys of the text, [batch, head, query, key].
+
+    Args:
+        name: Of the point.
+        pieces: What came.
+        stop: How many keys the text has.
+        room: How many places a store of fixed size has; None where it grows.
+    """
+    first, last = pieces[0], pieces[-1]
     # Columns that are no keys: an attention sink beside the scores.
-    extra = 0 if is_static else max(first.value.shape[-1] - first.step.positions.stop, 0)
+    known = first.step.positions.stop
+    extra = first.value.shape[-1] - known if room is None else last.value.shape[-1] - room
+    extra = max(extra, 0)
     empty = 0.0 if name.endswith("hook_pattern") else -torch.inf
     made = []
     for step, value, *_ in pieces:
-        keys = value.shape[-1] - extra
-        known = step.positions.stop
-        if not is_static and known > keys:  # a window: the last so many
-            first_key = known - keys
-        else:
-            first_key, keys = 0, min(keys, stop)
+        keys, known = value.shape[-1] - extra, step.positions.stop
+        # A window holds the last so many; a store of fixed size begins at 0 and ends in empty places.
+        first_key = max(known - keys, 0)
+        n = min(keys, stop - first_key)
         full = value.new_full((*value.shape[:-1], stop + extra), empty)
-        full[..., first_key : first_key + keys] = value[..., :keys]
+        full[..., first_key : first_key + n] = value[..., :n]
         if extra:
             full[..., stop:] = value[..., -extra:]
         made.append(full)

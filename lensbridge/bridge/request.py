@@ -88,10 +88,17 @@ def prompt_of(
         made: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
         start = options.get("decoder_input_ids")
         if is_decoder and start is None:
-            start = prepare(model, tokens, ids, device=device).kwargs["decoder_input_ids"][:, :1]
+            given = {
+                name: options[name] for name in _INPUTS if takes(model, name) and name in options
+            }
+            made_up = prepare(
+                model, tokens, ids, device=device, **({} if ids is not None else given)
+            )
+            start = made_up.kwargs["decoder_input_ids"][:, :1]
         inputs = Inputs(made, ids, attention_mask)
     else:
-        side: PaddingSide = "left" if padding_side is None or not is_decoder else padding_side
+        # What is continued is padded in front; what an encoder reads, behind, where positions are learned.
+        side: PaddingSide = (padding_side or "right") if is_decoder else "left"
         inputs = prepare(
             model,
             tokens,
@@ -185,6 +192,10 @@ def set_ends(
     if "pad_token_id" not in options and not has_pad and "eos_token_id" in options:
         first = eos[0] if isinstance(eos, (list, tuple)) else eos
         options["pad_token_id"] = tokens.pad_id if first is None else first
+        prompt = request.prompt if request.start is None else None
+        if not stop_at_eos and prompt is not None and takes(model, "attention_mask"):
+            # Else ends in the prompt would be taken for padding.
+            options.setdefault("attention_mask", torch.ones_like(prompt))
 
 
 def check_room(request: Request, n_ctx: int, *, reads_last: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,7 @@ class Stack:
         self.registry = registry
         self.architecture = architecture
         self._has_warned = False
+        self._runs = threading.local()
         self.name = f"{tower.prefix}blocks"
         self.blocks = [inner.get_submodule(block.path) for block in tower.blocks]
         self.block_kind = block_kind(tower)
@@ -107,8 +109,10 @@ class Stack:
                 "the bridge was run from inside a hook at a place that is being watched (inside attention, "
                 "or after an edit of hook_resid_mid); collect what you need before the outer run"
             )
-        clock = registry.clock
-        outer = clock.main, clock.others
+        clock, level = registry.clock, self.level()
+        # Of a run in another thread (a stream that waits) there is nothing to put back: it tells anew.
+        outer = (clock.main, clock.others) if level else (None, {})
+        self._runs.level = level + 1
         registry.begin_run()
         try:
             if registry.live:
@@ -117,8 +121,13 @@ class Stack:
             with self._conditions(), whole_past(kwargs):
                 return fn(**kwargs)
         finally:
+            self._runs.level = level
             registry.end_run()
             clock.tell(*outer)
+
+    def level(self) -> int:
+        """How many runs of the model this thread has in progress."""
+        return getattr(self._runs, "level", 0)
 
     @cached_property
     def loops(self) -> dict[str, Any]:

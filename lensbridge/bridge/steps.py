@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import Clock, LensError, Step, watch
+from ..hooks import Clock, HookPoint, LensError, Step, watch
 from .architecture import Architecture
 from .past import past_length
 
@@ -84,6 +84,7 @@ class Steps:
         clock: To be told.
         given: How many positions of ids ``generate`` was given to continue; None where it was given no ids.
         is_plain: Each pass after the first adds one token (greedy search, sampling, beams).
+        level: How many runs of the model this thread has in progress.
         reads_last: Whether the last token will be read too; then the loop is overheard.
     Attributes:
         step: Of the last pass; None before the first.
@@ -99,6 +100,7 @@ class Steps:
         clock: Clock,
         given: int | None,
         is_plain: bool,
+        level: Callable[[], int],
         reads_last: bool = False,
     ) -> None:
         self.loops = loops
@@ -106,6 +108,7 @@ class Steps:
         self.clock = clock
         self.given = given
         self.is_plain = is_plain
+        self.level = level
         self.reads_last = reads_last
         self.step: Step | None = None
         self.first = 0
@@ -113,7 +116,7 @@ class Steps:
         self.is_static = False
         self._names = _continued(architecture)
         self._elsewhere = other_steps({}, architecture, None)
-        self._thread = 0
+        self._thread = self._level = 0
         self._depth = 0
         self._beyond = 0  # columns behind the text: a mask token at the place to predict (XLNet)
 
@@ -123,7 +126,7 @@ class Steps:
 
         A stream waits in a thread of its own while others run the same model.
         """
-        self._thread = get_ident()
+        self._thread, self._level = get_ident(), self.level() + 1
         with ExitStack() as stack:
             # A single module does not run inside itself.
             after = self._after if len(self.loops) > 1 else None
@@ -153,7 +156,7 @@ class Steps:
                 module.__dict__[_UPDATE] = own
 
     def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if get_ident() != self._thread:
+        if not self._is_ours():
             return
         self._depth += 1
         if self._depth == 1 or len(self.loops) == 1:
@@ -161,8 +164,12 @@ class Steps:
             self.clock.tell(step, self._elsewhere | head_step(kwargs, step))
 
     def _after(self, name: str, output: Any) -> None:
-        if get_ident() == self._thread:
+        if self._is_ours():
             self._depth -= 1
+
+    def _is_ours(self) -> bool:
+        """Whether a pass is the loop's: not another thread's, nor one that a hook function makes."""
+        return get_ident() == self._thread and self.level() == self._level
 
     def _next(self, kwargs: Mapping[str, Any]) -> Step:
         width = width_of(kwargs, self._names) or 0
@@ -198,6 +205,14 @@ class Steps:
             getattr(layer, "is_compileable", False) and getattr(layer, "max_cache_len", None)
             for layer in getattr(past, "layers", ())
         )
+
+    def room_of(self, point: HookPoint) -> int | None:
+        """How many places a layer's store of keys has; None where nobody knows."""
+        _, kwargs = self.latest or (None, {})
+        past = kwargs.get("past_key_values")
+        layers = getattr(getattr(past, "self_attention_cache", past), "layers", ())
+        keys = getattr(layers[point.layer()], "keys", None) if layers else None
+        return keys.shape[-2] if isinstance(keys, Tensor) else None
 
     # --- the last token --------------------------------------------------------------------------
 
