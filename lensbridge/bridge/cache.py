@@ -253,6 +253,7 @@ def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
         return tensor[(*index, what)]
     if isinstance(what, (list, Tensor)):
         indices = torch.as_tensor(what, device=tensor.device).reshape(-1)
+        indices = indices if indices.numel() else indices.long()  # an empty list says no dtype
         for entry in indices.tolist():
             _check_index(entry, length)
         # index_select knows no negative indices.

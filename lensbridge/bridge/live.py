@@ -75,7 +75,7 @@ class Wanted:
         if isinstance(pos_slice, bool) or not isinstance(pos_slice, known):
             take(torch.empty(0), pos_slice, 0)  # says what a slice is
         if isinstance(pos_slice, (int, list, Tensor)):
-            picked = torch.as_tensor(pos_slice).reshape(-1).tolist()
+            picked: list[int] = torch.as_tensor(pos_slice).reshape(-1).tolist()
             self._picked = frozenset(p for p in picked if p >= 0)
             self.tail = max((-p for p in picked if p < 0), default=0)
             return
@@ -243,7 +243,7 @@ class LiveRecorder:
                 index = torch.tensor(here, dtype=torch.long, device=tensor.device)
                 tensor = tensor.index_select(dim, index)
             self._forget(pieces, stop)
-        if not positions:
+        if not positions and (pieces or self.sink is not None):
             return
         value = self._kept(tensor, hook)
         if self.sink is not None:

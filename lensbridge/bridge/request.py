@@ -85,7 +85,8 @@ def prompt_of(
     if value is None and any(options.get(name) is not None for name in _INPUTS):
         ids = options.get("input_ids", options.get("inputs"))
         ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-        made: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+        made: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
         start = options.get("decoder_input_ids")
         if is_decoder and start is None:
             given = {
@@ -95,7 +96,7 @@ def prompt_of(
                 model, tokens, ids, device=device, **({} if ids is not None else given)
             )
             start = made_up.kwargs["decoder_input_ids"][:, :1]
-        inputs = Inputs(made, ids, attention_mask)
+        inputs = Inputs(made, ids, mask)
     else:
         # What is continued is padded in front; what an encoder reads, behind, where positions are learned.
         side: PaddingSide = (padding_side or "right") if is_decoder else "left"
@@ -170,7 +171,8 @@ def set_sampling(
     options.update({name: value for name, value in given.items() if value is not None})
     request.length = max_new_tokens
     if freq_penalty:
-        penalty = FrequencyPenalty(float(freq_penalty), request.mask)
+        mask = None if request.continued is None else request.mask
+        penalty = FrequencyPenalty(float(freq_penalty), mask)
         options["logits_processor"] = [*(options.get("logits_processor") or ()), penalty]
 
 

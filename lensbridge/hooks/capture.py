@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,34 +30,42 @@ class _Calls:
                 f"nothing at the {self.where} is a floating-point tensor, which a gradient needs"
             )
         self.is_empty = False
-        slots: list[Tensor | None] = [None] * len(tensors)
-        place: list[int] = []  # of this call's tuple in `found`, once there is one
-        watched = []
-        for index, tensor in enumerate(tensors):
-            watched.append(_with_graph(tensor))
-            watched[-1].register_hook(self._listener(slots, place, index))
+        record = _Record(len(tensors))
+        watched = [_with_graph(tensor) for tensor in tensors]
+        for index, tensor in enumerate(watched):
+            tensor.register_hook(partial(self._hear, record, index))
         return watched
 
-    def _listener(
-        self, slots: list[Tensor | None], place: list[int], index: int
-    ) -> Callable[[Tensor], None]:
-        def hear(grad: Tensor) -> None:
-            if not place or slots[index] is not None:  # differentiated (again)
-                slots[:] = [None] * len(slots)
-                place[:] = [len(self.found)]
-                self.found.append(())
-            slots[index] = grad.detach().clone()
-            self.found[place[0]] = tuple(slots)
+    def _hear(self, record: _Record, index: int, grad: Tensor) -> None:
+        # One tuple a backward pass, which alone knows where it begins.
+        task = torch._C._current_graph_task_id()
+        if task != record.task:
+            record.begin(task, len(self.found))
+            self.found.append(())
+        record.slots[index] = grad.detach().clone()
+        self.found[record.place] = tuple(record.slots)
 
-        return hear
+
+class _Record:
+    """The gradients of one call, as the backward pass in progress brings them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.task = -1
+        self.begin(-1, 0)
+
+    def begin(self, task: int, place: int) -> None:
+        """Another backward pass, whose tuple stands at that place."""
+        self.task, self.place = task, place
+        self.slots: list[Tensor | None] = [None] * self.n
 
 
 def _with_graph(tensor: Tensor) -> Tensor:
     """The tensor with a graph to carry its gradient: of its own where the model is frozen."""
     if not tensor.requires_grad:
         return tensor.detach().requires_grad_()
-    # A hook on a leaf would outlive the run on somebody else's tensor.
-    return tensor.view_as(tensor) if tensor.is_leaf else tensor
+    # A view: others use the tensor too, and what they make of it is not told here.
+    return tensor.view_as(tensor)
 
 
 def _carries(value: Any) -> bool:
@@ -104,6 +113,8 @@ def module_gradients(
         _check_enabled(module)
         if isinstance(output, Tensor):
             return calls.watch([output] if _carries(output) else [])[0]
+        if not isinstance(output, (list, tuple, dict)):
+            return calls.watch([])
         items = list(output.values() if isinstance(output, dict) else output)
         watched = iter(calls.watch([x for x in items if _carries(x)]))
         replaced = [next(watched) if _carries(x) else x for x in items]

@@ -365,12 +365,15 @@ class HookRegistry(Mapping[str, HookPoint]):
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
-        """Nobody listens for the length of a ``with`` block."""
+        """Nobody listens for the length of a ``with`` block, and no hook owes to have fired in it."""
         held = [(point, point.fwd, point.bwd) for point in self.live]
+        owing = self._standing, self.scopes
+        self._standing, self.scopes = [], []
         self._tell(held, lambda point, fwd, bwd: ((), ()))
         try:
             yield
         finally:
+            self._standing, self.scopes = owing
             self._tell(held, lambda point, fwd, bwd: (fwd, bwd))
 
     @staticmethod

@@ -105,7 +105,7 @@ class ModelAdapter:
 
     def _norm(self, layer: int, branch: str) -> nn.Module:
         found = self._block(layer).branch(branch)
-        if found is None or found.ln is None:
+        if found is None or found.ln is None or found.place != "before":
             why = self._block(layer).kind if found is None else "no norm stands before it"
             raise AbsentPointError(f"layer {layer} has no norm before {branch}: {why}")
         return self._module(found.ln.path)

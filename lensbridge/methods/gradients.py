@@ -18,6 +18,7 @@ from ..hooks import (
     HookNotFiredError,
     HookPoint,
     InputError,
+    Listener,
     UnknownPointError,
     module_gradients,
     module_kwargs,
@@ -94,10 +95,7 @@ def capture_gradients(
         lambda grad, hook: found.append((grad.detach().clone(),)), "bwd"
     ) as listener:
         yield found
-    if not listener.fired:
-        raise HookNotFiredError(
-            f"{place.name!r} was not passed inside the block: run the forward pass there, not before"
-        )
+    _check_fired(listener)
 
 
 @contextmanager
@@ -140,7 +138,10 @@ def capture_kwargs_hook(
     """
     place = resolve(target, bridge)
     if isinstance(place, HookPoint):
-        place = next(module for owner in place.owners if (module := getattr(owner, "module", None)))
+        owners = [module for x in place.owners if (module := getattr(x, "module", None))]
+        if not owners:
+            raise InputError(f"{place!r} sits at no module of a model: name the module instead")
+        place = owners[0]
     with module_kwargs(place, modify) as found:
         yield found
 
@@ -170,8 +171,11 @@ def tensor_grad_hook(
         if not isinstance(point, HookPoint):
             raise InputError(f"{target!r} is a module, not a tensor; use capture_gradients")
         grads: list[Tensor] = []
-        with point.listening(lambda grad, hook: grads.append(grad.detach().clone()), "bwd"):
+        with point.listening(
+            lambda grad, hook: grads.append(grad.detach().clone()), "bwd"
+        ) as listener:
             yield grads
+        _check_fired(listener)
         return
     tensor = target if isinstance(target, Tensor) else target()
     if not isinstance(tensor, Tensor):
@@ -216,5 +220,14 @@ def autograd_node_hook(
         on_node(tensor, found)
         return tensor  # so that what is shown is what the model goes on with
 
-    with point.listening(listen, observes=False):
+    with point.listening(listen, observes=False) as listener:
         yield found
+    _check_fired(listener)
+
+
+def _check_fired(listener: Listener) -> None:
+    """Refuse silence, where a forward pass was to come by."""
+    if not listener.fired:
+        raise HookNotFiredError(
+            f"{listener.point.name!r} was not passed inside the block: run the forward pass there, not before"
+        )

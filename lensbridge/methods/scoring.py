@@ -121,7 +121,7 @@ class TokenScores:
         self.metadata = dict(metadata or {})
         self.temperature = temperature
         self.is_causal = is_causal
-        self._scaled = apply_temperature(logits, temperature)
+        self._scaled = apply_temperature(_wide(logits), temperature)
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -180,7 +180,8 @@ class TokenScores:
                 "probability and no perplexity; gather() reads what it predicts at each position"
             )
         found = gather_token_scores(self.log_probs[:, :-1], self.input_ids[:, 1:])
-        return found * self._counts().to(found)
+        # Not a product: padding may have a logit of -inf.
+        return torch.where(self._counts().to(found) > 0, found, torch.zeros_like(found))
 
     def text_log_probs(self) -> Tensor:
         """Log-probability of each text given its first token, in nats, [batch]."""

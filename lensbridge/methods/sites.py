@@ -194,8 +194,10 @@ def _in_layer(site: str, layer: int, bridge: TransformerBridge) -> str | None:
     )
 
 
-def unknown(site: str, bridge: TransformerBridge) -> UnknownPointError:
+def unknown(site: str, bridge: TransformerBridge) -> PointError:
     """The exception for a site that leads nowhere."""
+    if site.startswith(f"{bridge.registry.layers}."):
+        return bridge.registry.missing(site)
     start = f"{bridge.registry.layers}.0."
     inside = [name.removeprefix(start) for name in bridge.hook_dict if name.startswith(start)]
     near = get_close_matches(site, [*SITES, LOGITS, *inside], n=3, cutoff=0.5)

@@ -49,9 +49,7 @@ class TraceResult:
                 f"the trace has no site {site!r}; it has {', '.join(self.activations)}"
             )
         held = self.activations[site]
-        index = layer
-        if index is not None and index < 0 and None not in held:
-            index += self.metadata.get("n_layers", 0)
+        index = self._index(layer, held)
         if index not in held:
             layers = "no layers: leave the layer out" if None in held else f"layers {list(held)}"
             raise UnknownPointError(
@@ -61,7 +59,15 @@ class TraceResult:
 
     def has(self, site: str, layer: int | None = None) -> bool:
         """Whether the trace holds a site."""
-        return layer in self.activations.get(site, {})
+        held = self.activations.get(site, {})
+        return self._index(layer, held) in held
+
+    def _index(self, layer: int | None, held: Mapping[int | None, Tensor]) -> int | None:
+        """A layer, negative ones counted from the end."""
+        is_negative = layer is not None and layer < 0 and None not in held
+        return (
+            layer + self.metadata.get("n_layers", 0) if is_negative and layer is not None else layer
+        )
 
     @property
     def available_sites(self) -> list[str]:

@@ -48,6 +48,23 @@ def plain() -> Any:
     return _load("plain")
 
 
+@pytest.fixture(scope="session")
+def generation() -> Any:
+    """The module `generation.py`."""
+    return _load("generation")
+
+
+@pytest.fixture(scope="session")
+def demo_bridge() -> Any:
+    """A bridge around the model inside the package, with its tokenizer; for tests that leave nothing on it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lensbridge import TransformerBridge, demo
+
+    model = AutoModelForCausalLM.from_pretrained(demo.path()).eval()
+    return TransformerBridge(model, AutoTokenizer.from_pretrained(demo.path()))
+
+
 _SHARED: dict[str, Any] = {}
 
 

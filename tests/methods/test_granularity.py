@@ -1,0 +1,261 @@
+"""Granularity: which tokens make a row, on texts cut up by hand, and how the rows of several become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lensbridge import Aggregation, Granularity, InputError, demo
+from lensbridge.methods.granularity import Sample, groups_of, rows_of, samples_of, sentence_ends
+
+TEXTS: list[tuple[str, str, list[str]]] = [
+    # a text; its words, as GPT-2's rule makes them, between bars; its sentences
+    (
+        "Dr. Smith met Mr. Jones. They talked.",
+        "Dr|.|Smith|met|Mr|.|Jones|.|They|talked|.",
+        ["Dr. Smith met Mr. Jones.", "They talked."],
+    ),
+    (
+        '"Really?" he said. "Yes!" she said.',
+        '"|Really|?"|he|said|.|"|Yes|!"|she|said|.',
+        ['"Really?"', "he said.", '"Yes!"', "she said."],
+    ),
+    ("Wait... what?! No way.", "Wait|...|what|?!|No|way|.", ["Wait...", "what?!", "No way."]),
+    (
+        "It costs 3.14 dollars. Wow!!",
+        "It|costs|3|.|14|dollars|.|Wow|!!",
+        ["It costs 3.14 dollars.", "Wow!!"],
+    ),
+    (
+        "The U.S. team left at 5 p.m. on Friday. Good.",
+        "The|U|.|S|.|team|left|at|5|p|.|m|.|on|Friday|.|Good|.",
+        ["The U.S. team left at 5 p.m. on Friday.", "Good."],
+    ),
+    (
+        "(See fig. 2.) It works, e.g. here.",
+        "(|See|fig|.|2|.)|It|works|,|e|.|g|.|here|.",
+        ["(See fig. 2.)", "It works, e.g. here."],
+    ),
+    (
+        "J. R. Smith wrote it. Who?",
+        "J|.|R|.|Smith|wrote|it|.|Who|?",
+        ["J. R. Smith wrote it.", "Who?"],
+    ),
+    ("no full stop here", "no|full|stop|here", ["no full stop here"]),
+    (
+        "One line. Another, vs. me!\nThird?",
+        "One|line|.|Another|,|vs|.|me|!|\n|Third|?",
+        ["One line.", "Another, vs. me!", "Third?"],
+    ),
+    (
+        "Don't stop. It's fine, isn't it?",
+        "Don|'t|stop|.|It|'s|fine|,|isn|'t|it|?",
+        ["Don't stop.", "It's fine, isn't it?"],
+    ),
+]
+
+ROWS = torch.tensor([[1.0, -5.0], [3.0, 2.0], [-4.0, 1.0]])
+MADE = {
+    Aggregation.MEAN: [0.0, -2 / 3],
+    Aggregation.SUM: [0.0, -2.0],
+    Aggregation.MAX: [3.0, 2.0],
+    Aggregation.MIN: [-4.0, -5.0],
+    Aggregation.SIGNED_MAX: [-4.0, -5.0],
+}
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer() -> Any:
+    """The embedded model's tokenizer: byte-level pairs, words as in GPT-2."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo.path())
+
+
+def pieces(sample: Sample, granularity: Granularity) -> list[str]:
+    """The part of the text that each row stands for, up to the next one."""
+    groups = groups_of(sample, granularity, None)
+    starts = [sample.spans[group[0]][0] for group in groups]
+    return [
+        sample.text[start:end]
+        for start, end in zip(starts, [*starts[1:], len(sample.text)], strict=True)
+    ]
+
+
+# --- which tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "words", "sentences"), TEXTS, ids=range(len(TEXTS)))
+def test_words_and_sentences_by_hand(
+    bytes_tokenizer: Any, text: str, words: str, sentences: list[str]
+) -> None:
+    """Ten texts fall into the words and sentences that were written down by hand, whole and in order."""
+    (sample,) = samples_of([text], bytes_tokenizer, None)
+    for granularity, expected in (
+        (Granularity.WORD, words.split("|")),
+        (Granularity.SENTENCE, sentences),
+    ):
+        found = pieces(sample, granularity)
+        assert "".join(found) == text
+        assert [x.strip(" \n") or x.strip(" ") for x in found] == expected
+        tokens = [i for group in groups_of(sample, granularity, None) for i in group]
+        assert tokens == list(range(len(sample.ids)))
+
+
+@pytest.mark.parametrize(("text", "words", "sentences"), TEXTS[:3], ids=range(3))
+def test_all_texts_of_a_list_are_cut_as_alone(
+    bytes_tokenizer: Any, text: str, words: str, sentences: list[str]
+) -> None:
+    """A text's rows do not depend on the texts beside it."""
+    others = [t for t, _, _ in TEXTS]
+    (alone,) = samples_of([text], bytes_tokenizer, None)
+    assert samples_of([*others, text], bytes_tokenizer, None)[-1] == alone
+
+
+def test_rows_with_special_tokens_around(letters: Any) -> None:
+    """[CLS] and [SEP] are in no row but those of ALL_TOKENS and CLS_TOKEN; positions count them."""
+    (sample,) = samples_of(['Hi you. "No!" ok'], letters("[CLS] $A [SEP]"), None)
+    # 0 [CLS], 1 H, 2 i, 3 y, 4 o, 5 u, 6 ., 7 ", 8 N, 9 o, 10 !, 11 ", 12 o, 13 k, 14 [SEP]
+    expected = {
+        Granularity.CLS_TOKEN: [[0]],
+        Granularity.ALL_TOKENS: [[i] for i in range(15)],
+        Granularity.TOKEN: [[i] for i in range(1, 14)],
+        Granularity.WORD: [[1, 2], [3, 4, 5], [6], [7], [8, 9], [10], [11], [12, 13]],
+        Granularity.SENTENCE: [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11], [12, 13]],
+        Granularity.SAMPLE: [list(range(1, 14))],
+    }
+    assert set(expected) == set(Granularity)
+    for granularity, groups in expected.items():
+        assert groups_of(sample, granularity, 1) == groups, granularity
+
+
+def test_special_tokens_written_in_the_text(bytes_tokenizer: Any) -> None:
+    """A special token inside the text is part of no word, and words on its two sides stay two."""
+    (sample,) = samples_of(["The<|endoftext|>The"], bytes_tokenizer, None)
+    assert sample.special == (False, True, False)
+    assert groups_of(sample, Granularity.TOKEN, None) == [[0], [2]]
+    assert groups_of(sample, Granularity.WORD, None) == [[0], [2]]
+    assert groups_of(sample, Granularity.SAMPLE, None) == [[0, 2]]
+    assert groups_of(sample, Granularity.ALL_TOKENS, None) == [[0], [1], [2]]
+
+
+def test_tokens_of_no_word() -> None:
+    """A token that belongs to no word, such as one that was added to the vocabulary, is a row by itself."""
+    words = (None, 0, 0, None, None, 1)
+    sample = Sample((1, 9, 10, 11, 12, 13), (True, *[False] * 5), "ab+-c", words)
+    assert groups_of(sample, Granularity.WORD, 1) == [[1, 2], [3], [4], [5]]
+
+
+def test_a_text_of_special_tokens_has_no_rows(bytes_tokenizer: Any) -> None:
+    """Where nothing is left there is no row, not one of nothing."""
+    (sample,) = samples_of(["<|endoftext|>"], bytes_tokenizer, None)
+    rest = [g for g in Granularity if g not in (Granularity.ALL_TOKENS, Granularity.CLS_TOKEN)]
+    assert [groups_of(sample, granularity, None) for granularity in rest] == [[]] * 4
+
+
+class Slow:
+    """A tokenizer that knows neither words nor offsets: pieces between bars."""
+
+    is_fast = False
+    all_special_ids = (0,)
+
+    def __init__(self, *texts: str) -> None:
+        self.pieces = ["<s>", *dict.fromkeys(p for text in texts for p in text.split("|"))]
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        assert options["return_offsets_mapping"] is False
+        return {"input_ids": [[self.pieces.index(p) for p in text.split("|")] for text in texts]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.pieces[i] for i in ids]
+
+
+def test_words_of_a_slow_tokenizer() -> None:
+    """Without word numbers a token that begins with a space, in any of its spellings, begins a word."""
+    texts = ["The|Ġca|t|Ġsat|.", "<s>|▁The|▁ca|t", "a| b|c|<s>| d"]
+    samples = samples_of(texts, Slow(*texts), None)
+    assert [groups_of(sample, Granularity.WORD, None) for sample in samples] == [
+        [[0], [1, 2], [3, 4]],
+        [[1], [2, 3]],
+        [[0], [1, 2], [4]],
+    ]
+    with pytest.raises(InputError, match="fast tokenizer"):
+        groups_of(samples[0], Granularity.SENTENCE, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("A dog. A cat.", [6]),
+        ("etc. and so on. Fine", [15]),
+        ("One?! Two.) Three", [5, 11]),
+        ("no.space", []),
+        ("(i.e. this). That", [12]),
+        ("Inc. Ltd. co. ST. Prof. x", []),
+        ("", []),
+    ],
+)
+def test_sentence_ends(text: str, ends: list[int]) -> None:
+    """A full stop behind an abbreviation or before no space ends nothing; the text's end is not listed."""
+    assert sentence_ends(text) == ends
+
+
+def test_what_a_sample_lacks_is_said(letters: Any) -> None:
+    """Ids alone have no words or sentences; a text that begins otherwise has no CLS token."""
+    bare = Sample((1, 9, 10), (True, False, False))
+    for granularity in (Granularity.WORD, Granularity.SENTENCE):
+        with pytest.raises(InputError, match="needs text"):
+            groups_of(bare, granularity, 1)
+    assert groups_of(bare, Granularity.CLS_TOKEN, 1) == [[0]]
+    for cls_id in (None, 7):
+        with pytest.raises(InputError, match="begins with 1"):
+            groups_of(bare, Granularity.CLS_TOKEN, cls_id)
+
+
+def test_a_text_without_tokens_is_refused(bytes_tokenizer: Any, letters: Any) -> None:
+    """The empty text is an error that says which, unless the tokenizer adds something to it."""
+    with pytest.raises(InputError, match="text 1 has no tokens"):
+        samples_of(["The", ""], bytes_tokenizer, None)
+    (sample,) = samples_of([""], letters("[CLS] $A [SEP]"), None)
+    assert sample.ids == (1, 2)
+
+
+def test_long_texts_are_cut(bytes_tokenizer: Any, letters: Any) -> None:
+    """No more tokens than the model reads; what the tokenizer adds at the end stays."""
+    (sample,) = samples_of(["The dog. The cat."], bytes_tokenizer, 3)
+    assert sample.ids == tuple(bytes_tokenizer("The dog. The cat.")["input_ids"][:3])
+    (sample,) = samples_of(["abcdef"], letters("[CLS] $A [SEP]"), 4)
+    assert sample.special == (True, False, False, True)
+
+
+# --- what a row is ------------------------------------------------------------------------------------------
+
+
+def test_aggregation_by_hand() -> None:
+    """Each way of making one row of three gives the values computed by hand."""
+    assert set(MADE) == set(Aggregation)
+    for how, expected in MADE.items():
+        torch.testing.assert_close(how.aggregate(ROWS), torch.tensor([expected]), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("how", Aggregation)
+@pytest.mark.parametrize("n", [1, 4])
+def test_unfold_is_the_inverse(how: Aggregation, n: int) -> None:
+    """A row put back in n places makes the same row again; a sum is shared, anything else repeated."""
+    row = torch.tensor([[2.0, -3.0, 0.5]])
+    back = how.unfold(row, n)
+    assert back.shape == (n, 3)
+    assert torch.equal(how.aggregate(back), row)
+    assert torch.equal(back[-1:], row / n if how is Aggregation.SUM else row)
+
+
+@pytest.mark.parametrize("how", Aggregation)
+def test_rows_of_groups(how: Aggregation) -> None:
+    """Groups of one and of several each make their row, in their order; no group makes no row."""
+    states = torch.cat([torch.tensor([[9.0, 9.0], [7.0, -7.0]]), ROWS])
+    found = rows_of(states, [[2, 3, 4], [1]], how)
+    torch.testing.assert_close(found, torch.tensor([MADE[how], [7.0, -7.0]]), atol=1e-7, rtol=0)
+    assert torch.equal(rows_of(states, [[4], [1]], how), states[[4, 1]])
+    assert rows_of(states, [], how).shape == (0, 2)
