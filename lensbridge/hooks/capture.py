@@ -29,7 +29,6 @@ class _Calls:
             raise GradientError(
                 f"nothing at the {self.where} is a floating-point tensor, which a gradient needs"
             )
-        self.is_empty = False
         record = _Record(len(tensors))
         watched = [_with_graph(tensor) for tensor in tensors]
         for index, tensor in enumerate(watched):
@@ -103,6 +102,7 @@ def module_gradients(
     calls = _Calls(found, f"{site} of {type(module).__name__}")
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        calls.is_empty = False
         _check_enabled(module)
         given = [*args, *kwargs.values()]
         watched = iter(calls.watch([x for x in given if _carries(x)]))
@@ -110,6 +110,7 @@ def module_gradients(
         return tuple(replaced[: len(args)]), dict(zip(kwargs, replaced[len(args) :], strict=True))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.is_empty = False
         _check_enabled(module)
         if isinstance(output, Tensor):
             return calls.watch([output] if _carries(output) else [])[0]

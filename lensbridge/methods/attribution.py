@@ -248,7 +248,7 @@ def integrated_gradients(
         difference = _difference(value.to(start), start)
         if not bool(difference.isfinite().all()):
             raise InputError(
-                f"no line leads from the baseline to {name}, which is infinite elsewhere (masked scores are): "
+                f"no line leads from the baseline to {name}, which is infinite elsewhere (as masked scores): "
                 "give a baseline that is infinite at the same places, such as a baseline_input"
             )
         by_row = run.has_rows(name, value)

@@ -134,6 +134,7 @@ def test_gpt2(model_of: Any, new_tokenizer: Any, plain: Any, kind: str, side: st
             active = expected.concepts(dictionary, groups) > 0
             assert active.any()
             assert not active.all()
+        assert gradient.dtype == torch.double
         assert plain.gap(gradient, expected.differences(dictionary, groups)) < PRECISE
 
 

@@ -27,10 +27,11 @@ ARCHITECTURES = (
     "olmo2",  # norms behind the branches
     "minimax",  # norms on the stream itself
     "openai-gpt",  # norms behind the sums, none at the end
-    "mixtral",  # experts
+    "doge",  # the stream times parameters
+    "gemma4_text",  # stream and branch times parameters
+    "gpt_neox_japanese",  # a bias besides
     "mamba",  # mixers
     "jamba",  # mixers, attention and experts
-    "falcon_h1",  # both in one layer
     "deepseek_v3",  # low-rank attention, shared experts
 )
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -291,7 +292,7 @@ def test_a_row_counts_the_same_alone(wrapped: Any, ids: Tensor) -> None:
 # --- heads and towers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gemma2", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["gemma2", "beam"])  # beam multiplies the stream, too
 def test_a_soft_cap_is_refused_or_left_out(name: str, wrapped: Any, ids: Tensor) -> None:
     """What stands behind it is no sum; what the head makes is, and that is said to be asked for."""
     bridge = wrapped(name)
