@@ -1,6 +1,13 @@
 """Methods: consumers of the hook registry through the bridge's public face."""
 
 from .adapter import ModelAdapter, get_adapter
+from .attribution import (
+    ValueAndGradient,
+    attribution_patching,
+    input_x_gradient,
+    integrated_gradients,
+)
+from .dla import LogitAttribution, direct_logit_attribution
 from .gradients import (
     autograd_node_hook,
     capture_backward_pre,
@@ -29,20 +36,26 @@ __all__ = [
     "Granularity",
     "InterventionSpec",
     "LensAPI",
+    "LogitAttribution",
     "ModelAdapter",
     "ModelWithSplitPoints",
     "SplitterForGeneration",
     "TokenScores",
     "TraceResult",
     "TransformerTracer",
+    "ValueAndGradient",
     "apply_interventions",
     "apply_temperature",
+    "attribution_patching",
     "autograd_node_hook",
     "capture_backward_pre",
     "capture_gradients",
     "capture_kwargs_hook",
+    "direct_logit_attribution",
     "gather_token_scores",
     "get_adapter",
+    "input_x_gradient",
+    "integrated_gradients",
     "logits_to_log_probs",
     "logits_to_probs",
     "select_final_token",
