@@ -88,11 +88,11 @@ class Parts:
         )
 
     def behind(self, makes: Visit, out: Visit) -> tuple[set[str], list[str]]:
-        """Layers with weights that a branch is computed by, and the attention on the way."""
+        """Layers with weights that a branch is computed by, and the attention on the way, the latest first."""
         queue = [out.path] if out is not makes or self.is_weighted(makes.path) else []
         queue += [v.path for v in self.order if not queue and self.is_inside(v.path, makes.path)]
         members: set[str] = set()
-        events: list[str] = []
+        events: set[str] = set()
         # A module that uses weights without calling a layer: what it was called with.
         roots = [] if queue else list(makes.roots_in)
         while queue or roots:
@@ -106,7 +106,7 @@ class Parts:
             root = roots.pop()
             if root.path in self.seen.attended:
                 if root.path not in events:
-                    events.append(root.path)
+                    events.add(root.path)
                     event = self.seen.attended[root.path]
                     roots += [*event.q.roots, *event.k.roots, *event.v.roots]
             elif root.path in self.seen.products:
@@ -115,7 +115,9 @@ class Parts:
                     roots += self.seen.products[root.path]
             else:
                 queue.append(root.path)
-        return {m for m in members if m in self.at}, events
+        # Roots come out of sets in any order: which attention counts must not hang on it.
+        latest = [name for name in reversed(self.seen.attended) if name in events]
+        return {m for m in members if m in self.at}, latest
 
     def is_weighted(self, path: str) -> bool:
         """Whether a module is a layer with weights of its own."""
