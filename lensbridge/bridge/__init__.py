@@ -5,6 +5,7 @@ from .bridge import TransformerBridge
 from .cache import ActivationCache
 from .config import BridgeConfig
 from .inputs import Inputs
+from .record import frozen
 from .table import add_row
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "Inputs",
     "TransformerBridge",
     "add_row",
+    "frozen",
 ]

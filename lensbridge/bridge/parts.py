@@ -88,7 +88,7 @@ class Parts:
         )
 
     def behind(self, makes: Visit, out: Visit) -> tuple[set[str], list[str]]:
-        """Layers with weights that a branch is computed by, and the attention on the way, the latest first."""
+        """Layers with weights that a branch is computed by, and the attention there, the latest first."""
         queue = [out.path] if out is not makes or self.is_weighted(makes.path) else []
         queue += [v.path for v in self.order if not queue and self.is_inside(v.path, makes.path)]
         members: set[str] = set()

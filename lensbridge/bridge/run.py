@@ -340,8 +340,8 @@ def logits_of(out: Any, model: nn.Module) -> Float[Tensor, "*batch d_vocab"]:
     )
     if logits is None:
         raise InputError(
-            f"{type(model).__name__} returns no logits ({', '.join(out.keys())}); pass return_type=None "
-            "(to run_with_cache, too), or load the model with its head"
+            f"{type(model).__name__} returns no logits ({', '.join(out.keys())}); load the model with its "
+            "head, or run it for its activations alone, with return_type=None (run_with_cache takes that too)"
         )
     return logits
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..bridge import Inputs, TransformerBridge
 from ..hooks import ArchitectureError, HookPoint, InputError, Site
-from .attribution import differentiable, prepared, token_ids
+from .measured import differentiable, prepared, token_ids
 from .scoring import last_real
 
 

@@ -164,7 +164,7 @@ def tensor_grad_hook(
         A list that grows by one gradient each backward pass.
     Raises:
         GradientError: The tensor has no graph.
-        InputError: What the function gave is no tensor.
+        InputError: A module, or a function that gives no tensor.
     """
     if isinstance(target, (str, HookPoint)):
         point = resolve(target, bridge)
@@ -177,6 +177,11 @@ def tensor_grad_hook(
             yield grads
         _check_fired(listener)
         return
+    if isinstance(target, nn.Module) or not (isinstance(target, Tensor) or callable(target)):
+        raise InputError(
+            f"the gradient of a tensor was asked for, got {type(target).__name__}: give the tensor, a "
+            "function that gives it, or a hook point's name; for what a module takes or makes, capture_gradients"
+        )
     tensor = target if isinstance(target, Tensor) else target()
     if not isinstance(tensor, Tensor):
         raise InputError(

@@ -123,7 +123,7 @@ class LensAPI:
             sites: Which sites; block outputs, final norm and logits unless given.
             detach: Without a graph.
             clone: Copies.
-            **model_kwargs: Anything else `TransformerBridge.forward` takes.
+            **model_kwargs: ``prepend_bos``, ``padding_side``, or any keyword of the model's forward.
         """
         return TransformerTracer(self.bridge).trace(
             input_ids,
@@ -152,7 +152,7 @@ class LensAPI:
             input_ids: Token ids instead, [batch, pos].
             attention_mask: 1 at real tokens, for ids.
             temperature: Divides the logits in probabilities and log-probabilities.
-            **model_kwargs: Anything else `TransformerBridge.forward` takes.
+            **model_kwargs: ``prepend_bos``, ``padding_side``, or any keyword of the model's forward.
         Raises:
             InputError: No input or two, or a temperature that is not above 0.
         """

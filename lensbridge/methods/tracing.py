@@ -23,14 +23,14 @@ class TraceResult:
 
     Attributes:
         activations: Site -> layer -> tensor; the layer is None at places that are no layer's.
-        final_logits: The model's logits, [batch, pos, d_vocab].
+        final_logits: The model's logits, [batch, pos, d_vocab]; None if it has no head.
         input_ids: The ids that were run, [batch, pos]; None where embeddings were.
         attention_mask: 1 at real tokens; None where all are.
         metadata: ``requested_layers`` and ``requested_sites``.
     """
 
     activations: dict[str, dict[int | None, Tensor]]
-    final_logits: Tensor
+    final_logits: Tensor | None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -74,13 +74,18 @@ class TraceResult:
         """The sites the trace holds."""
         return list(self.activations)
 
+    def _final(self) -> Tensor:
+        if self.final_logits is None:
+            raise InputError("the trace has no logits: the model was loaded without its head")
+        return self.final_logits
+
     def final_log_probs(self) -> Tensor:
         """Log-probabilities of the model's prediction, in nats, [batch, pos, d_vocab]."""
-        return self.final_logits.float().log_softmax(-1)
+        return self._final().float().log_softmax(-1)
 
     def final_probs(self) -> Tensor:
         """Probabilities of the model's prediction, [batch, pos, d_vocab]."""
-        return self.final_logits.float().softmax(-1)
+        return self._final().float().softmax(-1)
 
     def layer_log_probs(self, layer: int) -> Tensor:
         """Log-probabilities of the prediction read off a layer's output; needs the site ``logits``."""
@@ -126,19 +131,17 @@ class TransformerTracer:
                 final norm and logits of every layer unless given.
             detach: Without a graph (the model is then run without gradients).
             clone: Copies, which later changes of the model's tensors cannot reach.
-            **model_kwargs: Anything else `TransformerBridge.forward` takes.
+            **model_kwargs: ``prepend_bos``, ``padding_side``, or any keyword of the model's forward.
         Raises:
-            InputError: Neither text nor ids, or both.
+            InputError: Neither text nor ids, or both; ``logits`` of a model without a head (unasked, they are
+                left out).
             UnknownPointError, AbsentPointError, LayerRangeError: A site or layer that is not there.
         """
         bridge = self.bridge
         value = one_input(texts, input_ids, model_kwargs)
         inputs = bridge.prepare(value, attention_mask=attention_mask, **model_kwargs)
-        wanted = (
-            [sites]
-            if isinstance(sites, str)
-            else list(_defaults(bridge) if sites is None else sites)
-        )
+        asked = [sites] if isinstance(sites, str) else list(sites or ())
+        wanted = _defaults(bridge) if sites is None else asked
         chosen = _layers(layers, bridge)
         sought = [site for site in wanted if site != LOGITS]
         named = None if layers is None else chosen
@@ -155,7 +158,18 @@ class TransformerTracer:
         with torch.no_grad() if detach else nullcontext():
             with bridge.registry.hooks() as scope:
                 scope.observe(list(points.values()), keep, must_fire=True)
-                logits = bridge(**inputs.kwargs)
+                try:
+                    logits = bridge(**inputs.kwargs)
+                except InputError as error:
+                    # A model without a head has run to its end, and then there are no logits to return.
+                    if len(held) < len(points):
+                        raise
+                    if LOGITS in asked:
+                        raise InputError(
+                            f"no logits to trace: {error}, or leave {LOGITS!r} out of sites="
+                        ) from error
+                    logits, lensed = None, []
+                    wanted = [site for site in wanted if site != LOGITS]
             found: dict[str, dict[int | None, Tensor]] = {site: {} for site in wanted}
             for place in places:
                 found[place.site][place.layer] = place.read(held[str(place.point.name)])
@@ -166,7 +180,7 @@ class TransformerTracer:
             "requested_sites": wanted,
             "n_layers": len(bridge.architecture.blocks),
         }
-        final = logits.detach() if detach else logits
+        final = None if logits is None else logits.detach() if detach else logits
         return TraceResult(found, final, inputs.tokens, inputs.mask, metadata)
 
 

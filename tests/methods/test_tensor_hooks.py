@@ -279,3 +279,13 @@ def test_an_error_on_a_tensor_leaves_no_hook() -> None:
         y.backward(retain_graph=True)
         assert not found
     assert not x._backward_hooks
+
+
+@pytest.mark.parametrize("target", [torch.nn.Linear(1, 1), 3])
+def test_what_is_no_tensor_is_refused(target: Any) -> None:
+    """A module or a number is named, and what to give instead."""
+    with (
+        pytest.raises(InputError, match=f"got {type(target).__name__}"),
+        tensor_grad_hook(target),
+    ):
+        pass

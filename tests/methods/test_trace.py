@@ -376,3 +376,25 @@ def test_a_trace_that_fails_leaves_nothing(
         llama.trace(input_ids=ids, sites=sites)
     assert is_silent(llama.bridge)
     assert snapshot(llama.model) == before
+
+
+# --- models without a head ----------------------------------------------------------------------------------
+
+
+def test_a_model_without_its_head(tiny: Callable[..., Any], ids: Tensor) -> None:
+    """Unasked, logits are left out; the rest is what the model with its head holds."""
+    model = tiny("llama")
+    expected = LensAPI(model).trace(input_ids=ids)
+    found = LensAPI(model.model).trace(input_ids=ids)
+    assert found.available_sites == ["block_output", "final_norm"]
+    for layer in range(2):
+        assert torch.equal(found.get("block_output", layer), expected.get("block_output", layer))
+    assert found.final_logits is None
+    with pytest.raises(InputError, match="no logits"):
+        found.final_log_probs()
+
+
+def test_logits_of_a_model_without_its_head(tiny: Callable[..., Any], ids: Tensor) -> None:
+    """Asked for, they are refused, and the message says what to leave out."""
+    with pytest.raises(InputError, match="leave 'logits' out"):
+        LensAPI(tiny("llama").model).trace(input_ids=ids, sites=["block_output", "logits"])
