@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
 from typing import Any
 
@@ -21,6 +23,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
+    config: Any = None,
     load_weights: bool = True,
     trust_remote_code: bool = False,
     model_class: Any = None,
@@ -48,6 +51,7 @@ def load(
         raise InputError(f"give device or {placed[0]}, not both")
     if hf_model is not None:
         clash = {
+            "config": config,
             "hf_config_overrides": hf_config_overrides,
             "load_weights": None if load_weights else False,
             "model_class": model_class,
@@ -74,7 +78,10 @@ def load(
     revision = _revision(name_or_path, revision, checkpoint_index, checkpoint_value)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hub = {name: value for name, value in hub.items() if value is not None}
-    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    if config is None or isinstance(config, (str, os.PathLike)):
+        config = AutoConfig.from_pretrained(config or name_or_path, **hub)
+    else:
+        config = copy.deepcopy(config)  # the overrides are not for the caller's
     for name, value in (hf_config_overrides or {}).items():
         setattr(config, name, value)
     if n_ctx is not None:

@@ -131,7 +131,7 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
             revision: Branch, tag or commit.
             checkpoint_index: Which training checkpoint, for families that publish them; -1 is the last.
             checkpoint_value: The same by training step.
-            **hf_kwargs: Passed to ``from_pretrained``: ``attn_implementation``, ``quantization_config``...
+            **hf_kwargs: Passed to ``from_pretrained``: ``config``, ``attn_implementation``...
         Raises:
             InputError: Arguments that exclude each other.
         """

@@ -7,6 +7,7 @@ from .attribution import (
     input_x_gradient,
     integrated_gradients,
 )
+from .base_splitter import BaseSplitter
 from .dla import LogitAttribution, direct_logit_attribution
 from .gradients import (
     autograd_node_hook,
@@ -27,7 +28,7 @@ from .scoring import (
     select_final_token,
 )
 from .split_points import ModelWithSplitPoints
-from .splitters import BaseSplitter, SplitterForGeneration
+from .splitters import SplitterForGeneration
 from .tracing import TraceResult, TransformerTracer
 
 __all__ = [

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..hooks import GradientError, HookPoint, InputError
-from .granularity import Aggregation, Granularity, Sample, groups_of, rows_of
+from ..bridge import frozen
+from ..hooks import GradientError, HookNotFiredError, HookPoint, InputError
+from .batches import Batch
+from .granularity import Aggregation, Granularity
 
 if TYPE_CHECKING:
-    from .splitters import BaseSplitter
+    from .base_splitter import BaseSplitter
 
 _AT_ONCE = 2**28
-"""Elements of all gradients of one batched backward pass together; more targets take several passes."""
+"""Elements that the gradients of all targets of one backward pass may have, at the place where they have the
+most; more targets take several passes."""
 
 
 class ConceptGradients:
@@ -23,20 +28,18 @@ class ConceptGradients:
 
     With activations A at the rows, concepts C = encode(A) and the split point set to decode(C) there (and
     left as it is elsewhere: padding, special tokens), the gradient is that of the outputs with respect to C.
-    ``encode`` is not differentiated.
+    ``encode`` is not differentiated. Outputs are the classes of a text where the model gives it one row of
+    logits, and else each position's largest logit.
 
     Args:
         splitter: The model and its tokenizer.
         point: The hook point to rebuild.
-        classifies: Whether outputs are classes of a text ([batch, class]) instead of logits by position, of
-            which each position's largest is meant.
     """
 
-    def __init__(self, splitter: BaseSplitter, point: str, classifies: bool) -> None:
+    def __init__(self, splitter: BaseSplitter, point: str) -> None:
         self.splitter = splitter
         self.bridge = splitter.bridge
         self.point = point
-        self.classifies = classifies
 
     def of(
         self,
@@ -52,167 +55,219 @@ class ConceptGradients:
         tqdm_bar: bool,
         batch_size: int | None,
     ) -> list[Tensor]:
-        """The gradients of each text, [target, row, concept]; see `ModelWithSplitPoints`."""
+        """The gradients of each text, [target, row, concept]; see `BaseSplitter.concept_output_gradient`."""
         if granularity is Granularity.SAMPLE:
             raise InputError(
                 "SAMPLE makes one row of a whole text, which cannot be put back in the places of its tokens"
             )
-        samples = self.splitter.samples(inputs)
-        cls_id = self.splitter.tokenizer.cls_token_id
-        groups = [groups_of(sample, granularity, cls_id) for sample in samples]
+        if any(p.is_inference() for p in self.bridge.parameters()):
+            raise GradientError(
+                "the model was made under torch.inference_mode, so nothing can be differentiated through it: "
+                "make it outside, or under torch.no_grad"
+            )
+        samples = self.splitter.samples(inputs, granularity)
+        groups = self.splitter.groups(samples, granularity)
         wanted = _per_text(targets, len(samples))
         found: list[Any] = [None] * len(samples)
-        for chunk, ids, mask in self.splitter.batches(samples, batch_size, tqdm_bar):
-            batch = _Batch(ids, mask, [groups[i] for i in chunk], how)
-            gradients, concepts = self._differentiate(
-                batch, encode, decode, [wanted[i] for i in chunk], [samples[i] for i in chunk]
-            )
-            for index, grad, own in zip(chunk, gradients, concepts, strict=True):
-                result = grad * own if times_concepts else grad
-                if normalizes:
-                    total = result.abs().sum((1, 2), keepdim=True)
-                    # Of a target that nothing changes there is no share to give.
-                    result = torch.where(total > 0, result / total, torch.zeros_like(result))
-                found[index] = result.cpu()
+        # Also of the batches: a mask made under inference mode could not be saved for the backward pass.
+        with torch.inference_mode(False):
+            for batch in self.splitter.batches(samples, groups, how, batch_size, tqdm_bar):
+                own = [wanted[i] for i in batch.texts]
+                for text, grad, concepts in zip(
+                    batch.texts, *self._differentiate(batch, encode, decode, own), strict=True
+                ):
+                    result = grad * concepts if times_concepts else grad
+                    found[text] = (_shares(result) if normalizes else result).to("cpu", copy=True)
         return found
 
     def _differentiate(
         self,
-        batch: _Batch,
+        batch: Batch,
         encode: Callable[[Tensor], Tensor],
         decode: Callable[[Tensor], Tensor],
         wanted: list[list[int] | None],
-        samples: list[Sample],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For each text of a batch its gradients [target, row, concept] and its concepts [row, concept]."""
-        held: list[Tensor] = []
-
-        def rebuild(tensor: Tensor, hook: HookPoint) -> Tensor:
-            states = tensor.detach()
-            with torch.no_grad():
-                rows = batch.rows(states)
-                # Concepts are computed in float32 at least, also of a half-precision model.
-                rows = rows if rows.dtype == torch.float64 else rows.float()
-                concepts = encode(rows)
-            if (
-                not isinstance(concepts, Tensor)
-                or concepts.dim() != 2
-                or len(concepts) != len(rows)
-            ):
-                shape = list(concepts.shape) if isinstance(concepts, Tensor) else type(concepts)
-                raise InputError(
-                    f"encode gave {shape} for {len(rows)} rows; expected [rows, concepts]"
-                )
-            held.append(concepts.detach().requires_grad_())
-            rebuilt = decode(held[0])
-            if rebuilt.shape != rows.shape:
-                raise InputError(
-                    f"decode gave {list(rebuilt.shape)}; the rows it rebuilds are {list(rows.shape)}"
-                )
-            if not rebuilt.requires_grad:
-                raise GradientError(
-                    "decode is not differentiable: its result does not depend on the concepts"
-                )
-            return batch.put_back(rebuilt.to(states.dtype), states)
-
-        padding = None if bool(batch.mask.all()) else batch.mask
-        with self.splitter.frozen(), torch.enable_grad():
-            logits = self.bridge.run_with_hooks(
-                batch.ids, attention_mask=padding, fwd_hooks=[(self.point, rebuild)]
-            )
-            outputs, which = self._outputs(logits, batch, wanted, samples)
-            gradient = _jacobian(outputs, held[0])
-        concepts = held[0].detach()
-        counts = [len(groups) for groups in batch.groups]
-        parts = zip(gradient.split(counts, dim=1), concepts.split(counts), which, strict=True)
-        grads = [grad[: len(own)] for grad, _, own in parts]
-        return grads, list(concepts.split(counts))
-
-    def _outputs(
-        self,
-        logits: Tensor,
-        batch: _Batch,
-        wanted: list[list[int] | None],
-        samples: list[Sample],
-    ) -> tuple[Tensor, list[list[int]]]:
-        """The sum over texts of their k-th targets, [most targets]; and the targets of each text.
-
-        Texts do not see each other, so the gradient of a sum over them is the gradient of each.
-        """
-        if self.classifies:
-            n, values = logits.shape[-1], logits
-            which = [_resolved(own, n, "class") for own in wanted]
-        else:
-            values = logits.max(-1).values
-            lengths = [len(sample.ids) for sample in samples]
-            which = [
-                [batch.first(row) + p for p in _resolved(own, n, "position")]
-                for row, (own, n) in enumerate(zip(wanted, lengths, strict=True))
-            ]
-        most = max((len(own) for own in which), default=0)
-        picked = [
-            sum(values[row, own[k]] for row, own in enumerate(which) if k < len(own))
-            for k in range(most)
-        ]
-        return torch.stack([torch.as_tensor(x) for x in picked]), which
+        rebuild = _Rebuild(batch, encode, decode)
+        with (
+            frozen(self.bridge.unwrapped_model),
+            torch.enable_grad(),
+            # In the backward pass, too: checkpointed layers come by again there.
+            self.bridge.hooks(fwd_hooks=[(self.point, rebuild)]),
+        ):
+            logits = self.bridge(batch.ids, **self.splitter.options(batch))
+            rebuild.is_over = True
+            if not rebuild.has_passed:
+                raise HookNotFiredError(f"the model ran to its end without passing {self.point}")
+            outputs, which = _outputs(logits, batch, wanted)
+            gradient = _jacobian(outputs, which, rebuild.concepts, logits.numel())
+        concepts = rebuild.concepts.detach()
+        parts = zip(gradient.split(batch.counts, dim=1), which, strict=True)
+        return [grad[: len(own)] for grad, own in parts], list(concepts.split(batch.counts))
 
 
-class _Batch:
-    """Texts that run together, and where their rows are."""
+class _Rebuild:
+    """The hook function: puts in the place of a batch's rows what their concepts are decoded to.
+
+    Attributes:
+        concepts: The concepts, [row, concept]: a leaf to differentiate by.
+        is_over: Whether the run is over, and what comes by is computed again for the backward pass.
+    """
+
+    concepts: Tensor
 
     def __init__(
-        self, ids: Tensor, mask: Tensor, groups: list[list[list[int]]], how: Aggregation
+        self, batch: Batch, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
     ) -> None:
-        self.ids = ids
-        self.mask = mask
-        self.groups = groups
-        self.how = how
+        self.batch = batch
+        self.encode = encode
+        self.decode = decode
+        self.has_passed = self.is_over = False
 
-    def first(self, row: int) -> int:
-        """The column of a text's first token."""
-        return int(self.mask[row].argmax())
+    def __call__(self, shown: Tensor, hook: HookPoint) -> Tensor:
+        where = repr(str(hook.name).removeprefix("raw:"))
+        if self.has_passed and not self.is_over:
+            raise InputError(
+                f"{where} is passed more than once in a run, and it is not clear what to rebuild; of the "
+                "canonical names each means one passage"
+            )
+        if not torch.is_grad_enabled():
+            raise GradientError(
+                f"the model runs {where} without gradients, so its outputs cannot be differentiated by it"
+            )
+        states = self.batch.states(shown.detach(), hook)
+        if len(states) != len(shown) or not states.is_floating_point():
+            raise InputError(
+                f"{where} shows {list(shown.shape)} {shown.dtype} of {len(states)} texts: only floats are "
+                "rebuilt, and for each text its own (try batch_size=1)"
+            )
+        rows = self.batch.rows(states)
+        # Both are computed in float32 at least, also of a half-precision model.
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if not self.has_passed:
+            self.concepts, self.has_passed = self._encoded(rows), True
+        return self.batch.put_back(self._decoded(rows).to(states), states).view(shown.shape)
 
-    def _columns(self, row: int) -> list[list[int]]:
-        first = self.first(row)
-        return [[first + p for p in group] for group in self.groups[row]]
+    def _encoded(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row concept"]:
+        with torch.no_grad():
+            concepts = self.encode(rows)
+        is_fit = isinstance(concepts, Tensor) and concepts.dim() == 2 and len(concepts) == len(rows)
+        if not is_fit or not concepts.is_floating_point():
+            raise InputError(
+                f"encode gave {_said(concepts)} for {len(rows)} rows; expected floats, [rows, concepts]"
+            )
+        return concepts.detach().requires_grad_()
 
-    def rows(self, states: Tensor) -> Tensor:
-        """All rows of all texts, [row, d]."""
-        made = [rows_of(states[row], self._columns(row), self.how) for row in range(len(states))]
-        return torch.cat(made)
+    def _decoded(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        try:
+            rebuilt = self.decode(self.concepts)
+        except RuntimeError as error:
+            if "nference tensors" not in str(error):
+                raise
+            raise GradientError(
+                "decode computes with tensors that were made under torch.inference_mode, through which "
+                "nothing can be differentiated: make them outside, or clone them there"
+            ) from error
+        if not isinstance(rebuilt, Tensor) or rebuilt.shape != rows.shape:
+            raise InputError(
+                f"decode gave {_said(rebuilt)}; the rows it rebuilds are {list(rows.shape)}"
+            )
+        if not _depends(rebuilt, self.concepts):
+            raise GradientError(
+                "decode is not differentiable: no graph leads from its result back to the concepts it got"
+            )
+        return rebuilt
 
-    def put_back(self, rows: Tensor, states: Tensor) -> Tensor:
-        """The states with the rows in the places they were taken from, [batch, pos, d]."""
-        texts, columns, values = [], [], []
-        given = iter(rows.split(1))
-        for text in range(len(states)):
-            for group in self._columns(text):
-                values.append(self.how.unfold(next(given), len(group)))
-                texts += [text] * len(group)
-                columns += group
-        if not values:
-            return states
-        index = torch.tensor(texts), torch.tensor(columns)
-        return states.index_put(tuple(i.to(states.device) for i in index), torch.cat(values))
+
+def _said(given: object) -> str:
+    if not isinstance(given, Tensor):
+        return type(given).__name__
+    return f"{'' if given.is_floating_point() else f'{given.dtype} '}{list(given.shape)}"
 
 
-def _jacobian(outputs: Tensor, concepts: Tensor) -> Tensor:
-    """Gradients of each output, [output, row, concept], in as few backward passes as fit."""
-    n = len(outputs)
-    at_once = max(1, min(n, _AT_ONCE // max(concepts.numel(), 1)))
-    made = []
-    for start in range(0, n, at_once):
-        rows = torch.eye(n, device=outputs.device, dtype=outputs.dtype)[start : start + at_once]
+def _depends(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a graph leads from a value back to a leaf."""
+    if value is leaf:
+        return True
+    seen, to_see = set(), [value.grad_fn]
+    while to_see:
+        node = to_see.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:  # the nodes that leaves end in
+            return True
+        to_see += [before for before, _ in node.next_functions]
+    return False
+
+
+def _outputs(
+    logits: Tensor, batch: Batch, wanted: list[list[int] | None]
+) -> tuple[Float[Tensor, "batch output"], list[list[int]]]:
+    """The outputs of each text; and which of them are its targets."""
+    if logits.dim() == 2:
+        n = logits.shape[1]
+        return logits, [_resolved(own, n, "class") for own in wanted]
+    if logits.shape[:2] != batch.ids.shape:
+        raise InputError(
+            f"the model's logits have shape {list(logits.shape)}, neither [batch, class] nor [batch, pos, "
+            f"d_vocab] for {len(batch.ids)} texts of {batch.ids.shape[1]} tokens"
+        )
+    lengths = batch.mask.sum(1).tolist()
+    which = [
+        [first + position for position in _resolved(own, n, "position")]
+        for own, n, first in zip(wanted, lengths, batch.firsts, strict=True)
+    ]
+    return logits.max(-1).values, which
+
+
+def _jacobian(
+    outputs: Float[Tensor, "batch output"],
+    which: list[list[int]],
+    concepts: Float[Tensor, "row concept"],
+    n_logits: int,
+) -> Float[Tensor, "target row concept"]:
+    """Gradients of the k-th targets of all texts, in as few backward passes as fit.
+
+    Texts do not see each other, so the gradient of a sum over them is the gradient of each.
+
+    Args:
+        outputs: What is differentiated.
+        which: The targets of each text.
+        concepts: By what.
+        n_logits: How many logits there are: a backward pass holds as many for each target.
+    """
+    most = max(len(own) for own in which)
+    made = concepts.new_zeros(most, *concepts.shape)
+    if not made.numel():
+        return made
+    at_once = max(1, _AT_ONCE // max(concepts.numel(), n_logits))
+    for start in range(0, most, at_once):
+        picked = range(start, min(start + at_once, most))
+        weights = outputs.new_zeros(len(picked), *outputs.shape)
+        for text, own in enumerate(which):
+            for k in picked[: max(0, len(own) - start)]:
+                weights[k - start, text, own[k]] = 1
         (grad,) = torch.autograd.grad(
             outputs,
             concepts,
-            rows,
-            retain_graph=start + at_once < n,
+            weights,
+            retain_graph=picked.stop < most,
             is_grads_batched=True,
             allow_unused=True,
         )
-        made.append(concepts.new_zeros(len(rows), *concepts.shape) if grad is None else grad)
-    return torch.cat(made) if made else concepts.new_zeros(0, *concepts.shape)
+        if grad is not None:
+            made[start : picked.stop] = grad
+    return made
+
+
+def _shares(gradient: Float[Tensor, "target row concept"]) -> Float[Tensor, "target row concept"]:
+    """Divided by the sum of absolute values of each target; of one that nothing changes there is no share."""
+    total = gradient.abs().sum((1, 2), keepdim=True)
+    return torch.where(total > 0, gradient / total, torch.zeros_like(gradient))
+
+
+# --- targets ------------------------------------------------------------------------------------------------
 
 
 def _per_text(targets: Any, n: int) -> list[list[int] | None]:
@@ -223,15 +278,40 @@ def _per_text(targets: Any, n: int) -> list[list[int] | None]:
     """
     if targets is None:
         return [None] * n
-    given = targets.tolist() if isinstance(targets, Tensor) else targets
-    given = [given] if isinstance(given, int) else list(given)
-    if not given or any(isinstance(item, bool) for item in given):
-        raise InputError(f"targets are positions or classes, got {targets!r}")
-    if all(isinstance(item, int) for item in given):
-        return [given] * n
-    if len(given) != n:
-        raise InputError(f"targets has {len(given)} lists for {n} texts")
-    return [[item] if isinstance(item, int) else list(item) for item in given]
+    plain: Any = targets
+    if isinstance(targets, (Tensor, np.ndarray, np.generic)):
+        plain = targets.tolist()
+    if _is_whole(plain):
+        return [[int(plain)]] * n
+    items = None if isinstance(plain, (str, bytes, Mapping)) else plain
+    if not isinstance(items, Iterable) or not (items := list(items)):
+        raise _no_targets(targets)
+    if all(_is_whole(item) for item in items):
+        return [[int(item) for item in items]] * n
+    lists: list[list[int] | None] = [_whole_numbers(item, targets) for item in items]
+    if len(lists) != n:
+        raise InputError(f"targets has {len(lists)} lists for {n} texts")
+    return lists
+
+
+def _whole_numbers(item: Any, targets: Any) -> list[int]:
+    """The targets of one text."""
+    plain = item.tolist() if isinstance(item, (Tensor, np.ndarray)) else item
+    items = [plain] if _is_whole(plain) else plain
+    if not isinstance(items, (list, tuple, range)) or not all(_is_whole(x) for x in items):
+        raise _no_targets(targets)
+    return [int(x) for x in items]
+
+
+def _is_whole(item: Any) -> bool:
+    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+
+
+def _no_targets(targets: Any) -> InputError:
+    return InputError(
+        "targets are whole numbers, positions or classes: one, a list, or a list of lists, one for each "
+        f"text; got {targets!r}"
+    )
 
 
 def _resolved(wanted: list[int] | None, n: int, what: str) -> list[int]:

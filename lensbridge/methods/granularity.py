@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
+from jaxtyping import Num
 from torch import Tensor
 
 from ..hooks import InputError
+from .samples import Sample
 
 _ABBREVIATION = re.compile(
     r"(mrs?|ms|dr|prof|st|[js]r|vs|etc|e\.g|i\.e|fig|vol|inc|ltd|co|u\.[sk]|[ap]\.m|[a-z])",
     re.IGNORECASE,
 )
 """Words behind which a full stop ends no sentence; single letters are initials."""
+
+_SINGLE = "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
+_DOUBLE = "\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_LOW = "\N{SINGLE LOW-9 QUOTATION MARK}\N{DOUBLE LOW-9 QUOTATION MARK}"
+_ANGLE = (
+    "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}"
+)
+_QUOTES = f"\"'{_SINGLE}{_DOUBLE}{_LOW}{_ANGLE}"
+"""Marks that open in one language close in another."""
 
 
 class Granularity(Enum):
@@ -40,8 +48,8 @@ class Aggregation(Enum):
     MIN = "min"
     SIGNED_MAX = "signed_max"
 
-    def aggregate(self, rows: Tensor) -> Tensor:
-        """One row of several: [n, d] -> [1, d].
+    def aggregate(self, rows: Num[Tensor, "token d"]) -> Num[Tensor, "1 d"]:
+        """One row of several.
 
         ``SIGNED_MAX`` is, for each feature, the value that is largest without its sign.
         """
@@ -55,60 +63,9 @@ class Aggregation(Enum):
             return rows.min(0, keepdim=True).values
         return rows.gather(0, rows.abs().argmax(0, keepdim=True))
 
-    def unfold(self, row: Tensor, n: int) -> Tensor:
-        """The rows of n tokens from the one they became: [1, d] -> [n, d]; a sum is shared equally."""
+    def unfold(self, row: Num[Tensor, "1 d"], n: int) -> Num[Tensor, "{n} d"]:
+        """The rows of n tokens from the one they became; a sum is shared equally."""
         return (row / n if self is Aggregation.SUM else row).expand(n, -1)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A text as the model reads it.
-
-    Attributes:
-        ids: Its token ids, special ones included.
-        special: Which of them are special tokens.
-        text: The text; None where ids were given.
-        words: Which word each token belongs to; None for tokens of none. None where nobody can tell.
-        spans: Where each token stands in the text; None where nobody can tell.
-    """
-
-    ids: tuple[int, ...]
-    special: tuple[bool, ...]
-    text: str | None = None
-    words: tuple[int | None, ...] | None = None
-    spans: tuple[tuple[int, int], ...] | None = None
-
-
-def samples_of(texts: Sequence[str], tokenizer: Any, max_length: int | None) -> list[Sample]:
-    """Tokenize texts as their tokenizer does by itself, special tokens and all.
-
-    Raises:
-        InputError: A text without a token.
-    """
-    limit = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    is_fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(list(texts), return_offsets_mapping=is_fast, **limit)
-    special = set(tokenizer.all_special_ids)
-    made = []
-    for index, text in enumerate(texts):
-        ids = tuple(encoded["input_ids"][index])
-        if not ids:
-            raise InputError(f"text {index} has no tokens: {text!r}")
-        words = tuple(encoded.word_ids(index)) if is_fast else _words_by_spaces(ids, tokenizer)
-        spans = tuple(tuple(s) for s in encoded["offset_mapping"][index]) if is_fast else None
-        made.append(Sample(ids, tuple(i in special for i in ids), text, words, spans))
-    return made
-
-
-def _words_by_spaces(ids: Sequence[int], tokenizer: Any) -> tuple[int | None, ...]:
-    """A token begins a word where it begins with a space."""
-    words: list[int | None] = []
-    current = -1
-    for piece in tokenizer.convert_ids_to_tokens(list(ids)):
-        if current < 0 or piece[:1] in ("Ġ", "▁", " "):
-            current += 1
-        words.append(current)
-    return tuple(words)
 
 
 def groups_of(sample: Sample, granularity: Granularity, cls_id: int | None) -> list[list[int]]:
@@ -131,10 +88,14 @@ def groups_of(sample: Sample, granularity: Granularity, cls_id: int | None) -> l
                 f"begins with {sample.ids[0]}"
             )
         return [[0]]
-    if sample.text is None:
-        raise InputError(f"{granularity.name} needs text: ids do not say where words begin")
     if granularity is Granularity.WORD:
-        return _runs([(index, (sample.words or ())[index]) for index in real])
+        if sample.words is None:
+            raise InputError(
+                "WORD needs text, or what a fast tokenizer made of it: ids do not say where words begin"
+            )
+        return _runs([(index, sample.words[index]) for index in real])
+    if sample.text is None:
+        raise InputError("SENTENCE needs text: ids do not say where sentences end")
     if sample.spans is None:
         raise InputError(
             "SENTENCE needs a fast tokenizer, which says where tokens stand in the text"
@@ -159,16 +120,11 @@ def _runs(keyed: list[tuple[int, Any]]) -> list[list[int]]:
 def sentence_ends(text: str) -> list[int]:
     """Where sentences end: behind ``.``, ``?`` or ``!`` before a space, but not behind an abbreviation."""
     ends = []
-    for found in re.finditer(r"[.?!]+[\"')\]]*(?=\s)", text):
+    for found in re.finditer(rf"[.?!]+[{_QUOTES})\]}}]*(?=\s)", text):
         word = text[: found.start()].rsplit(None, 1)[-1:] or [""]
-        is_short = found.group().startswith(".") and _ABBREVIATION.fullmatch(word[0].lstrip("(\"'"))
+        is_short = found.group().startswith(".") and _ABBREVIATION.fullmatch(
+            word[0].lstrip(_QUOTES + "([{")
+        )
         if not is_short:
             ends.append(found.end())
     return ends
-
-
-def rows_of(states: Tensor, groups: list[list[int]], how: Aggregation) -> Tensor:
-    """A row for each group of tokens: [pos, d] -> [group, d]."""
-    if all(len(group) == 1 for group in groups):
-        return states[[group[0] for group in groups]] if groups else states[:0]
-    return torch.cat([how.aggregate(states[group]) for group in groups])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bridge import TransformerBridge
-from ..hooks import InputError, UnknownPointError
-from .concept_gradients import ConceptGradients
+from ..hooks import InputError
+from .base_splitter import BaseSplitter
+from .batches import Activations
 from .granularity import Aggregation, Granularity
-from .splitters import Activations, BaseSplitter
 
 
 class ModelWithSplitPoints(BaseSplitter):
@@ -54,10 +54,9 @@ class ModelWithSplitPoints(BaseSplitter):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
-        points = [split_points] if isinstance(split_points, (int, str)) else list(split_points)
         super().__init__(
             model_or_repo_id,
-            points,
+            split_points,
             tokenizer=tokenizer,
             automodel=automodel,
             config=config,
@@ -68,11 +67,11 @@ class ModelWithSplitPoints(BaseSplitter):
 
     @property
     def split_points(self) -> dict[str, str]:
-        """The hook point behind each split point, by the name it was given. Setting it takes a list."""
+        """The hook point behind each split point, by the name it was given. Can be set, to one or a list."""
         return dict(self._points)
 
     @split_points.setter
-    def split_points(self, split_points: Sequence[int | str]) -> None:
+    def split_points(self, split_points: int | str | Sequence[int | str]) -> None:
         self._set_split_points(split_points)
 
     def get_activations(
@@ -109,7 +108,7 @@ class ModelWithSplitPoints(BaseSplitter):
         if include_predicted_classes and not self._classifies:
             raise InputError(
                 f"{type(self.model).__name__} predicts no class of a text: include_predicted_classes is for "
-                "sequence classifiers"
+                "sequence classifiers (loaded by name with automodel=AutoModelForSequenceClassification)"
             )
         acts, predicted = self._collect(
             inputs,
@@ -127,60 +126,3 @@ class ModelWithSplitPoints(BaseSplitter):
     def get_latent_shape(self) -> dict[str, torch.Size]:
         """The shape of what each split point shows for a short text, [1, pos, d]."""
         return self._latent_shape()
-
-    def concept_output_gradient(
-        self,
-        inputs: Any,
-        encode: Callable[[Tensor], Tensor],
-        decode: Callable[[Tensor], Tensor],
-        targets: Any = None,
-        split_point: int | str | None = None,
-        activation_granularity: Granularity = Granularity.TOKEN,
-        aggregation_strategy: Aggregation = Aggregation.MEAN,
-        concepts_x_gradients: bool = True,
-        normalization: bool = True,
-        tqdm_bar: bool = False,
-        batch_size: int | None = None,
-    ) -> list[Tensor]:
-        """How the outputs change with the concepts that a split point is rebuilt from.
-
-        Args:
-            inputs: As in `get_activations`.
-            encode: Concepts [rows, c] of activations [rows, d].
-            decode: Activations [rows, d] of concepts [rows, c]; differentiable.
-            targets: Which outputs: classes of a classifier; positions of a text, whose likeliest next token's
-                logit is meant (negative from the text's end). One list for all texts, or a list of lists. All
-                of them unless given.
-            split_point: Which, where there are several.
-            activation_granularity: What a row stands for; ``SAMPLE`` cannot be put back.
-            aggregation_strategy: How the rows of several tokens become one, and are put back.
-            concepts_x_gradients: Multiply gradients by the concepts.
-            normalization: Divide by the sum of absolute values over rows and concepts, for each target;
-                targets that nothing changes stay zero.
-            tqdm_bar: Show a progress bar.
-            batch_size: How many texts run together; as in the constructor unless given.
-        Returns:
-            For each text a tensor [targets, rows, concepts], on the CPU.
-        Raises:
-            InputError: A target that is not there, concepts of the wrong shape, or SAMPLE.
-            GradientError: ``decode`` is not differentiable.
-        """
-        if split_point is None and len(self._points) > 1:
-            raise InputError(f"say which split point: {', '.join(self._points)}")
-        key = next(iter(self._points)) if split_point is None else self._name(split_point)
-        if key not in self._points:
-            raise UnknownPointError(
-                f"{split_point!r} is none of the split points: {', '.join(self._points)}"
-            )
-        return ConceptGradients(self, self._points[key], self._classifies).of(
-            inputs,
-            encode,
-            decode,
-            targets=targets,
-            granularity=activation_granularity,
-            how=aggregation_strategy,
-            times_concepts=concepts_x_gradients,
-            normalizes=normalization,
-            tqdm_bar=tqdm_bar,
-            batch_size=batch_size,
-        )

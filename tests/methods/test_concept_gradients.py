@@ -177,10 +177,11 @@ def test_llama_as_it_is(
         ("transformer.h.1.mlp", "transformer.h.1.mlp"),
         ("hook_embed", "transformer.wte"),
         (1, "transformer.h.1"),
+        ("blocks.1.attn.hook_z", "transformer.h.1.attn.c_proj<"),
     ],
 )
 def test_other_places(model_of: Any, tokenizer: Any, plain: Any, said: Any, path: str) -> None:
-    """What is rebuilt may be any place: the embeddings, one part of a layer, the last layer's output."""
+    """What is rebuilt may be any place: the embeddings, part of a layer, the last layer's output, heads."""
     model, dictionary = model_of("gpt2"), Dictionary("linear", 64)
     splitter = SplitterForGeneration(model, said, tokenizer=tokenizer)
     (found,) = splitter.concept_output_gradient(
@@ -188,6 +189,23 @@ def test_other_places(model_of: Any, tokenizer: Any, plain: Any, said: Any, path
     )
     expected = by_hand(plain, model, path, tokenizer, "words")
     assert plain.gap(found, expected.differences(dictionary, one_each(5))) < PRECISE
+
+
+def test_heads_are_side_by_side_in_concepts_too(model_of: Any, tokenizer: Any) -> None:
+    """A place with heads gives encode the rows that get_activations gives, one text after the other."""
+    splitter = SplitterForGeneration(
+        model_of("gpt2"), "blocks.1.attn.hook_z", tokenizer=tokenizer, batch_size=2
+    )
+    rows, _ = splitter.get_activations(["abc", "a"], dtype=None)
+    given: list[Tensor] = []
+
+    def encode(x: Tensor) -> Tensor:
+        given.append(x)
+        return x
+
+    splitter.concept_output_gradient(["abc", "a"], encode, torch.clone)
+    assert torch.equal(given[0], rows)
+    assert rows.shape == (4, 64)
 
 
 def test_later_rows_do_not_matter(model_of: Any, tokenizer: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lensbridge import Aggregation, Granularity, InputError, demo
-from lensbridge.methods.granularity import Sample, groups_of, rows_of, samples_of, sentence_ends
+from lensbridge.methods.granularity import groups_of, sentence_ends
+from lensbridge.methods.samples import Sample, samples_of
 
 TEXTS: list[tuple[str, str, list[str]]] = [
     # a text; its words, as GPT-2's rule makes them, between bars; its sentences
@@ -155,36 +156,6 @@ def test_a_text_of_special_tokens_has_no_rows(bytes_tokenizer: Any) -> None:
     assert [groups_of(sample, granularity, None) for granularity in rest] == [[]] * 4
 
 
-class Slow:
-    """A tokenizer that knows neither words nor offsets: pieces between bars."""
-
-    is_fast = False
-    all_special_ids = (0,)
-
-    def __init__(self, *texts: str) -> None:
-        self.pieces = ["<s>", *dict.fromkeys(p for text in texts for p in text.split("|"))]
-
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        assert options["return_offsets_mapping"] is False
-        return {"input_ids": [[self.pieces.index(p) for p in text.split("|")] for text in texts]}
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.pieces[i] for i in ids]
-
-
-def test_words_of_a_slow_tokenizer() -> None:
-    """Without word numbers a token that begins with a space, in any of its spellings, begins a word."""
-    texts = ["The|Ġca|t|Ġsat|.", "<s>|▁The|▁ca|t", "a| b|c|<s>| d"]
-    samples = samples_of(texts, Slow(*texts), None)
-    assert [groups_of(sample, Granularity.WORD, None) for sample in samples] == [
-        [[0], [1, 2], [3, 4]],
-        [[1], [2, 3]],
-        [[0], [1, 2], [4]],
-    ]
-    with pytest.raises(InputError, match="fast tokenizer"):
-        groups_of(samples[0], Granularity.SENTENCE, None)
-
-
 @pytest.mark.parametrize(
     ("text", "ends"),
     [
@@ -194,6 +165,9 @@ def test_words_of_a_slow_tokenizer() -> None:
         ("no.space", []),
         ("(i.e. this). That", [12]),
         ("Inc. Ltd. co. ST. Prof. x", []),
+        ("He said \N{LEFT DOUBLE QUOTATION MARK}No.\N{RIGHT DOUBLE QUOTATION MARK} Then", [13]),
+        ("\N{LEFT SINGLE QUOTATION MARK}Go!\N{RIGHT SINGLE QUOTATION MARK} he said.", [5]),
+        ("(See \N{LEFT DOUBLE QUOTATION MARK}Dr. No\N{RIGHT DOUBLE QUOTATION MARK}.) Good", [15]),
         ("", []),
     ],
 )
@@ -212,22 +186,6 @@ def test_what_a_sample_lacks_is_said(letters: Any) -> None:
     for cls_id in (None, 7):
         with pytest.raises(InputError, match="begins with 1"):
             groups_of(bare, Granularity.CLS_TOKEN, cls_id)
-
-
-def test_a_text_without_tokens_is_refused(bytes_tokenizer: Any, letters: Any) -> None:
-    """The empty text is an error that says which, unless the tokenizer adds something to it."""
-    with pytest.raises(InputError, match="text 1 has no tokens"):
-        samples_of(["The", ""], bytes_tokenizer, None)
-    (sample,) = samples_of([""], letters("[CLS] $A [SEP]"), None)
-    assert sample.ids == (1, 2)
-
-
-def test_long_texts_are_cut(bytes_tokenizer: Any, letters: Any) -> None:
-    """No more tokens than the model reads; what the tokenizer adds at the end stays."""
-    (sample,) = samples_of(["The dog. The cat."], bytes_tokenizer, 3)
-    assert sample.ids == tuple(bytes_tokenizer("The dog. The cat.")["input_ids"][:3])
-    (sample,) = samples_of(["abcdef"], letters("[CLS] $A [SEP]"), 4)
-    assert sample.special == (True, False, False, True)
 
 
 # --- what a row is ------------------------------------------------------------------------------------------
@@ -249,13 +207,3 @@ def test_unfold_is_the_inverse(how: Aggregation, n: int) -> None:
     assert back.shape == (n, 3)
     assert torch.equal(how.aggregate(back), row)
     assert torch.equal(back[-1:], row / n if how is Aggregation.SUM else row)
-
-
-@pytest.mark.parametrize("how", Aggregation)
-def test_rows_of_groups(how: Aggregation) -> None:
-    """Groups of one and of several each make their row, in their order; no group makes no row."""
-    states = torch.cat([torch.tensor([[9.0, 9.0], [7.0, -7.0]]), ROWS])
-    found = rows_of(states, [[2, 3, 4], [1]], how)
-    torch.testing.assert_close(found, torch.tensor([MADE[how], [7.0, -7.0]]), atol=1e-7, rtol=0)
-    assert torch.equal(rows_of(states, [[4], [1]], how), states[[4, 1]])
-    assert rows_of(states, [], how).shape == (0, 2)

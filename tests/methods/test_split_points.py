@@ -189,6 +189,9 @@ def test_places_can_be_moved(split_of: Any) -> None:
     assert list(split.split_points) == ["bert.encoder.layer.1.intermediate"]
     assert split.get_latent_shape() == {"bert.encoder.layer.1.intermediate": (1, 6, 64)}
     assert split.get_activations(TEXTS)[0].shape == (13 + 1 + 22, 64)
+    for said in (1, "blocks.1.hook_out"):
+        split.split_points = said
+        assert split.split_points == {str(said): "blocks.1.hook_out"}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,179 @@ def test_encoders_of_other_models(
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         given = {"input_ids": ids, "decoder_input_ids": ids}
         assert plain.gap(rows, plain.read(model, given, path)[path][0][0]) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("t5", "encoder.block.0"), ("bart", "model.encoder.layers.0")]
+)
+def test_the_decoder_does_not_run_for_the_encoder(
+    tiny: Any, new_tokenizer: Any, name: str, path: str
+) -> None:
+    """Nothing runs behind an encoder's layer, not even the encoder's next one."""
+    model, runs = tiny(name, "seq2seq"), []
+    split = ModelWithSplitPoints(model, new_tokenizer(model_max_length=64), path)
+    for other in (path.replace("0", "1"), path.replace("encoder", "decoder")):
+        model.get_submodule(other).register_forward_hook(lambda *given: runs.append(1))
+    split.get_activations(["abc"])
+    assert not runs
+
+
+def test_rows_of_a_decoder(tiny: Any, new_tokenizer: Any, plain: Any) -> None:
+    """A decoder reads the text shifted right; padded or alone, whatever side the tokenizer says."""
+    model, tokenizer = tiny("t5", "seq2seq"), new_tokenizer(padding_side="left")
+    split = ModelWithSplitPoints(model, tokenizer, 1, batch_size=2)
+    found, _ = split.get_activations(["some words", "abc"], flatten_activations=False)
+    for rows, text in zip(found, ["some words", "abc"], strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0))
+        given = {"input_ids": ids, "decoder_input_ids": shifted}
+        path = "decoder.block.1"
+        assert plain.gap(rows, plain.read(model, given, path)[path][0][0]) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["bloom", "t5"])
+def test_a_model_without_a_limit(tiny: Any, tokenizer: Any, name: str) -> None:
+    """No limit of the model and none of the tokenizer is no limit."""
+    model = tiny(name, "seq2seq" if name == "t5" else "causal")
+    assert tokenizer.model_max_length > 10**20
+    found, _ = ModelWithSplitPoints(model, tokenizer, 0).get_activations(["abc"])
+    assert found.shape == (3, 64)
+
+
+def test_a_model_that_is_not_told_of_padding(tiny: Any, tokenizer: Any, plain: Any) -> None:
+    """FNet takes no mask and mixes all that is there: only texts of one length run together."""
+    model, widths = tiny("fnet", "masked"), []
+    split = ModelWithSplitPoints(model, tokenizer, 0, batch_size=8)
+    handle = model.fnet.embeddings.register_forward_hook(
+        lambda m, args, out: widths.append(tuple(out.shape[:2]))
+    )
+    texts = ["abc", "a b c", "xyz", "a", "cba"]
+    found, _ = split.get_activations(texts, flatten_activations=False)
+    handle.remove()
+    assert widths == [(1, 5), (3, 3), (1, 1)]
+    path = "fnet.encoder.layer.0"
+    for rows, text in zip(found, texts, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        assert plain.gap(rows, plain.read(model, ids, path)[path][0][0]) < CLOSE
+
+
+# --- pairs of texts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_a_tokenizer_returns_of_two_texts(
+    model: Any, split_of: Any, plain: Any, batch_size: int
+) -> None:
+    """token_type_ids reach the model, padded or not, beside texts without; so do they for gradients."""
+    rows = [
+        ([1, 9, 10, 2, 11, 2], [0, 0, 0, 0, 1, 1]),
+        ([1, 9, 2], [0, 0, 0]),
+        ([1, 9, 10, 2], [0, 0, 1, 1]),
+    ]
+    given = {"input_ids": [ids for ids, _ in rows], "token_type_ids": [types for _, types in rows]}
+    split = split_of("left", batch_size)
+    found, _ = split.get_activations(given, Granularity.ALL_TOKENS, flatten_activations=False)
+    gradients = split.concept_output_gradient(
+        given, torch.clone, torch.clone, activation_granularity=Granularity.ALL_TOKENS
+    )
+    for own, gradient, (ids, types) in zip(found, gradients, rows, strict=True):
+        alone = {"input_ids": torch.tensor([ids]), "token_type_ids": torch.tensor([types])}
+        assert plain.gap(own, plain.read(model, alone, BLOCK)[BLOCK][0][0]) < CLOSE
+        (expected,) = split.concept_output_gradient(
+            alone, torch.clone, torch.clone, activation_granularity=Granularity.ALL_TOKENS
+        )
+        assert plain.gap(gradient, expected) < CLOSE
+    (plainly, _), (second, _) = (
+        split.get_activations({"input_ids": [ids]}, Granularity.ALL_TOKENS) for ids, _ in rows[1:]
+    )
+    assert plain.gap(plainly, found[1]) < CLOSE
+    assert plain.gap(second, found[2]) > 1e-2
+
+
+def test_a_model_that_knows_no_pairs(tiny: Any, tokenizer: Any) -> None:
+    """Types that a model does not read are refused, not dropped; where all are the first they say nothing."""
+    split = ModelWithSplitPoints(tiny("llama"), tokenizer, 1)
+    given = {"input_ids": [[9, 10]], "token_type_ids": [[0, 1]]}
+    with pytest.raises(InputError, match="token_type_ids"):
+        split.get_activations(given)
+    expected, _ = split.get_activations({"input_ids": [[9, 10]]})
+    given["token_type_ids"] = [[0, 0]]
+    assert torch.equal(split.get_activations(given)[0], expected)
+
+
+# --- classifiers --------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_padded_in_front(new_classifier: Any, letters: Any, plain: Any) -> None:
+    """A BERT classifier reads its first column; padded in front, classes and gradients stay each text's."""
+    model, texts = new_classifier(), ["a", "zq", "Qxw,", "the, the", "some words. And more"]
+    raw = {"concepts_x_gradients": False, "normalization": False}
+    for side in ("right", "left"):
+        split = ModelWithSplitPoints(
+            model, letters("[CLS] $A [SEP]", padding_side=side), 1, batch_size=5
+        )
+        _, classes = split.get_activations(
+            texts, include_predicted_classes=True, flatten_activations=False
+        )
+        gradients = split.concept_output_gradient(texts, torch.clone, torch.clone, **raw)
+        for text, found, gradient in zip(texts, classes, gradients, strict=True):
+            with torch.no_grad():
+                alone = model(**split.tokenizer(text, return_tensors="pt")).logits.argmax()
+            assert found == alone
+            (expected,) = split.concept_output_gradient(text, torch.clone, torch.clone, **raw)
+            assert plain.gap(gradient, expected) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def other_classifiers() -> Callable[..., Any]:
+    """``other_classifiers("xlnet", pad_token_id=7)``: tiny ones that do not read their first column."""
+    import transformers as hf
+
+    def make(name: str, **options: Any) -> Any:
+        sizes = {"vocab_size": 160, "num_labels": 3}
+        config = {
+            "xlnet": lambda **o: hf.XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, **o),
+            "gpt2": lambda **o: hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, **o),
+        }[name](**{**sizes, **options})
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = hf.AutoModelForSequenceClassification.from_config(config).eval()
+            for parameter in model.parameters():
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("xlnet", {}),  # reads the last column
+        ("gpt2", {"pad_token_id": 0}),  # looks for the last token that is no padding
+        ("gpt2", {"pad_token_id": 150}),  # by another id than the tokenizer's
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifiers_that_read_another_column(
+    other_classifiers: Any, letters: Any, plain: Any, name: str, options: Any, side: str
+) -> None:
+    """Classes, rows and gradients of a batch are those of each text alone."""
+    model = other_classifiers(name, **options)
+    tokenizer = letters("$A [SEP]", padding_side=side)
+    split = ModelWithSplitPoints(model, tokenizer, 0, batch_size=4)
+    texts = ["Qxw,", "a", "the, the", "zq"]
+    rows, classes = split.get_activations(
+        texts, include_predicted_classes=True, flatten_activations=False
+    )
+    gradients = split.concept_output_gradient(texts, torch.clone, torch.clone)
+    assert len({int(c) for c in classes}) > 1
+    for text, own, found, gradient in zip(texts, rows, classes, gradients, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            assert found == model(ids).logits.argmax()
+        assert plain.gap(own, split.get_activations(text)[0]) < CLOSE
+        (expected,) = split.concept_output_gradient(text, torch.clone, torch.clone)
+        assert plain.gap(gradient, expected) < CLOSE
 
 
 # --- predictions --------------------------------------------------------------------------------------------

@@ -88,22 +88,42 @@ def test_a_batch_is_its_texts(
         assert plain.gap(rows, seen(model, PATHS[name], tokenizer(text)["input_ids"])) < CLOSE
 
 
-def test_the_bridge_decides_the_side(
-    splitter: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_behind(model_of: Any, new_tokenizer: Any, seen: Any, side: str) -> None:
+    """Whatever side the tokenizer and the bridge say: there a causal model does not look."""
+    tokenizer = new_tokenizer(padding_side=side)
+    splitter = SplitterForGeneration(model_of("gpt2"), 1, tokenizer=tokenizer, batch_size=2)
+    given: list[Tensor] = []
+    embed: Any = splitter.model.get_submodule("transformer.wte")
+    handle = embed.register_forward_hook(lambda m, args, out: given.append(args[0]))
+    found = splitter.inputs_to_activations(["a", "abc"])
+    splitter.get_activations(["a", "abc"])
+    handle.remove()
+    a, b, c = tokenizer("abc")["input_ids"]
+    assert [x.tolist() for x in given] == [[[a, b, c], [a, 0, 0]]] * 2
+    torch.testing.assert_close(
+        found[0, :1], seen(splitter.model, PATHS["gpt2"], [a]), atol=CLOSE, rtol=CLOSE
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("rwkv", "rwkv.blocks.1"),
+        ("recurrent_gemma", "model.layers.1"),
+        ("xlstm", "backbone.blocks.1"),
+        ("roberta", "roberta.encoder.layer.1"),
+    ],
+)
+def test_models_that_are_not_to_be_padded_in_front(
+    tiny: Any, new_tokenizer: Any, seen: Any, plain: Any, name: str, path: str
 ) -> None:
-    """cfg.default_padding_side moves the padding of what the model runs on, and no value."""
-    runs = {}
-    for side in ("left", "right"):
-        monkeypatch.setattr(splitter.bridge.cfg, "default_padding_side", side)
-        runs[side] = (
-            splitter.inputs_to_activations(["abc", "a"]),
-            splitter.get_activations(["abc", "a"])[0],
-        )
-    (left, left_rows), (right, right_rows) = runs["left"], runs["right"]
-    assert plain.gap(left[1, 2], right[1, 0]) < CLOSE
-    assert plain.gap(left[0], right[0]) < CLOSE
-    assert plain.gap(left_rows, right_rows) < CLOSE
-    assert plain.gap(right[1, :1], right_rows[3:]) < CLOSE
+    """A state runs through padding in front, or positions are counted from it; the tokenizer may say so."""
+    model, tokenizer = tiny(name), new_tokenizer(padding_side="left")
+    splitter = SplitterForGeneration(model, 1, tokenizer=tokenizer, batch_size=5)
+    found, _ = splitter.get_activations(TEXTS, flatten_activations=False)
+    for rows, text in zip(found, TEXTS, strict=True):
+        assert plain.gap(rows, seen(model, path, tokenizer(text)["input_ids"])) < CLOSE
 
 
 def test_one_tensor_is_the_list_joined(splitter: Any) -> None:
@@ -247,6 +267,12 @@ def test_a_text_longer_than_the_model_reads(splitter: Any, tokenizer: Any, seen:
         splitter.get_activations(torch.tensor([tokenizer(text)["input_ids"]]))
 
 
+def test_what_a_tokenizer_returns_unpadded(splitter: Any, tokenizer: Any) -> None:
+    """Lists of unequal length are texts as they are."""
+    expected, _ = splitter.get_activations(["abc", "ab"])
+    assert torch.equal(splitter.get_activations(tokenizer(["abc", "ab"]))[0], expected)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -262,6 +288,17 @@ def test_a_text_longer_than_the_model_reads(splitter: Any, tokenizer: Any, seen:
         (torch.tensor([[[9, 10]]]), r"got \[1, 1, 2\]"),
         (torch.tensor([[9.0, 10.0]]), "float32"),
         ({"input_ids": [9, 10]}, r"got \[2\]"),
+        (torch.zeros(0, 5, dtype=torch.long), r"got \[0, 5\]"),
+        (torch.ones(1, 3, dtype=torch.bool), "bool"),
+        ({"attention_mask": torch.ones(1, 3)}, "no input_ids"),
+        (
+            {"input_ids": torch.tensor([[9, 10]]), "attention_mask": torch.ones(1, 3)},
+            "attention_mask",
+        ),
+        (
+            {"input_ids": torch.tensor([[9, 10]]), "attention_mask": torch.ones(2, 2)},
+            "attention_mask",
+        ),
     ],
 )
 def test_what_is_no_input_is_refused(splitter: Any, given: Any, message: str) -> None:
@@ -309,7 +346,7 @@ def test_the_model_and_the_tokenizer_stay_as_they_were(
     model: Any, tokenizer: Any, snapshot: Any, is_silent: Any
 ) -> None:
     """No embedding is added, no pad token set, no hook left, no parameter or mode changed."""
-    before = snapshot(model)
+    before, core = snapshot(model), tokenizer.backend_tokenizer.to_str()
     named = {**tokenizer.special_tokens_map, "side": tokenizer.padding_side, "size": len(tokenizer)}
     splitter = SplitterForGeneration(model, 1, tokenizer=tokenizer, batch_size=2)
     splitter.get_activations(TEXTS)
@@ -322,3 +359,62 @@ def test_the_model_and_the_tokenizer_stay_as_they_were(
     assert splitter.tokenizer is tokenizer
     after = {**tokenizer.special_tokens_map, "side": tokenizer.padding_side, "size": len(tokenizer)}
     assert after == named
+    assert tokenizer.backend_tokenizer.to_str() == core
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None])
+def test_batches_of_nothing(splitter: Any, size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch size that was set to what is none is refused, as in the constructor."""
+    monkeypatch.setattr(splitter, "batch_size", size)
+    with pytest.raises(InputError, match=f"batch_size is at least 1, got {size}"):
+        splitter.get_activations(TEXTS)
+
+
+# --- modes and other hooks ----------------------------------------------------------------------------------
+
+
+def test_under_inference_mode(splitter: Any) -> None:
+    """It works there; rows are the same."""
+    expected, _ = splitter.get_activations(TEXTS)
+    with torch.inference_mode():
+        assert torch.equal(splitter.get_activations(TEXTS)[0], expected)
+        assert splitter.get_latent_shape() == (1, 4, 64)
+
+
+def test_hooks_of_others(splitter: Any, plain: Any) -> None:
+    """Hooks that are set on the bridge work; those behind the split point owe nothing to a run cut short."""
+    bridge, calls = splitter.bridge, []
+    expected, _ = splitter.get_activations("abc")
+    with bridge.hooks(
+        fwd_hooks=[
+            ("blocks.1.hook_in", lambda x, hook: 0 * x),
+            ("blocks.2.hook_out", lambda x, hook: calls.append(1)),
+        ]
+    ):
+        moved, _ = splitter.get_activations("abc")
+    assert plain.gap(moved, expected) > 0.1
+    assert not calls
+    bridge.add_hook("blocks.2.hook_out", lambda x, hook: calls.append(1))
+    try:
+        assert torch.equal(splitter.get_activations("abc")[0], expected)
+        splitter.split_point = "transformer.h.1.mlp.c_fc"
+        splitter.get_activations("abc")
+    finally:
+        bridge.reset_hooks()
+        splitter.split_point = 1
+    assert not calls
+
+
+def test_what_is_shown_is_taken_at_once(tiny: Any, tokenizer: Any, seen: Any) -> None:
+    """Falcon adds to its MLP's output in place; the rows are what the MLP gave."""
+    model = tiny("falcon")
+    splitter = SplitterForGeneration(model, "transformer.h.0.mlp", tokenizer=tokenizer)
+    found, _ = splitter.get_activations("words")
+    copies: list[Tensor] = []
+    handle = model.get_submodule("transformer.h.0.mlp").register_forward_hook(
+        lambda m, args, out: copies.append(out.clone())
+    )
+    seen(model, "transformer.h.0", tokenizer("words")["input_ids"])
+    handle.remove()
+    assert torch.equal(found, copies[0][0])

@@ -1,4 +1,4 @@
-"""Concept gradients: targets, shares, batches, backward passes, what is left behind and what is refused."""
+"""Concept gradients: shares, batches, backward passes, what is left behind and what is refused."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from lensbridge.methods import concept_gradients
 TEXTS = ["words", "ab", "some, not so long"]
 RAW = {"concepts_x_gradients": False, "normalization": False}
 CLOSE = 1e-5
+N_LOGITS = 3 * 17 * 160
+"""Of TEXTS together, which are more than their concepts: a pass holds as many for each of its targets."""
 
 
 class Linear:
@@ -63,87 +65,6 @@ def of(bridge: TransformerBridge) -> Callable[..., list[Tensor]]:
 def whole(of: Any) -> list[Tensor]:
     """The gradients of all positions."""
     return of(TEXTS)
-
-
-# --- targets ------------------------------------------------------------------------------------------------
-
-
-def test_all_targets_unless_given(whole: list[Tensor]) -> None:
-    """Every position of a text, a row for each of its tokens; padding is neither."""
-    assert [tuple(found.shape) for found in whole] == [(5, 5, 7), (2, 2, 7), (17, 17, 7)]
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (1, [[1], [1], [1]]),
-        ([0, 1], [[0, 1]] * 3),
-        ([-1], [[4], [1], [16]]),
-        ([1, -2, 1], [[1, 3, 1], [1, 0, 1], [1, 15, 1]]),
-        ([[3, 0], [1], [16, -17, 2]], [[3, 0], [1], [16, 0, 2]]),
-        ([[0], 1, [5, 6]], [[0], [1], [5, 6]]),
-        ([[4], [], [0]], [[4], [], [0]]),
-        (torch.tensor([1, 0]), [[1, 0]] * 3),
-        (torch.tensor([[1], [0], [9]]), [[1], [0], [9]]),
-        (torch.tensor(1), [[1]] * 3),
-        (range(2), [[0, 1]] * 3),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_targets(
-    of: Any,
-    whole: list[Tensor],
-    plain: Any,
-    bridge: Any,
-    targets: Any,
-    expected: list[list[int]],
-    side: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Positions of the text itself, common or by text, in the order given, on whichever side it is padded."""
-    monkeypatch.setattr(bridge.cfg, "default_padding_side", side)
-    found = of(TEXTS, targets=targets)
-    for gradient, every, wanted in zip(found, whole, expected, strict=True):
-        assert gradient.shape == (len(wanted), *every.shape[1:])
-        if wanted:
-            assert plain.gap(gradient, every[wanted]) < CLOSE
-
-
-def test_classes_are_targets_of_a_classifier(new_classifier: Any, letters: Any) -> None:
-    """Of a classifier targets are classes, negative ones from the last."""
-    tokenizer = letters("[CLS] $A [SEP]")
-    split = ModelWithSplitPoints(new_classifier(), tokenizer, 1, batch_size=2)
-    every = split.concept_output_gradient(["words", "ab"], torch.clone, torch.clone, **RAW)
-    some = split.concept_output_gradient(
-        ["words", "ab"], torch.clone, torch.clone, [[-1], [0, 2]], **RAW
-    )
-    assert [tuple(found.shape) for found in every] == [(3, 5, 32), (3, 2, 32)]
-    torch.testing.assert_close(some[0], every[0][[2]])
-    torch.testing.assert_close(some[1], every[1][[0, 2]])
-    with pytest.raises(InputError, match="target 3 is not a class: there are 3"):
-        split.concept_output_gradient(["words"], torch.clone, torch.clone, 3)
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        ([2], "target 2 is not a position: there are 2"),
-        ([-3], "target -3 is not a position: there are 2"),
-        ([[0], [2], [0]], "target 2 is not a position"),
-        ([[0], [1]], "2 lists for 3 texts"),
-        ([], "targets are"),
-        (True, "True"),
-        ([True, False], "True"),
-        ("no", "2 lists for 3 texts"),
-        ([0.0], "1 lists for 3 texts"),
-    ],
-    ids=str,
-)
-def test_targets_that_are_not_there(of: Any, targets: Any, message: str) -> None:
-    """A position outside its text, lists that are not one a text, no number: an error says which."""
-    with pytest.raises(InputError, match=message):
-        of(TEXTS, targets=targets)
 
 
 # --- shares -------------------------------------------------------------------------------------------------
@@ -194,19 +115,20 @@ def test_a_target_that_nothing_changes(of: Any, times: bool, normalizes: bool) -
 # --- batches and passes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["last", "cls_index"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_batch_is_its_texts(
     of: Any,
     whole: list[Tensor],
     bridge: Any,
     plain: Any,
-    side: str,
+    kind: str,
     batch_size: int,
     monkeypatch: Any,
 ) -> None:
     """Whatever runs together, padded on whichever side, each text has its own gradient, in its place."""
-    monkeypatch.setattr(bridge.cfg, "default_padding_side", side)
+    # "last" has padding in front.
+    monkeypatch.setattr(bridge.original_model.config, "summary_type", kind)
     for gradient, expected in zip(of(TEXTS, batch_size=batch_size), whole, strict=True):
         assert plain.gap(gradient, expected) < CLOSE
 
@@ -237,7 +159,7 @@ def test_all_targets_take_one_pass_a_batch(
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize(("at_once", "expected"), [(1, [1] * 17), (7 * 24 * 5 + 1, [5, 5, 5, 2])])
+@pytest.mark.parametrize(("at_once", "expected"), [(1, [1] * 17), (N_LOGITS * 5 + 1, [5, 5, 5, 2])])
 def test_targets_in_several_passes(
     of: Any,
     whole: list[Tensor],
@@ -252,6 +174,22 @@ def test_targets_in_several_passes(
     for gradient, every in zip(of(TEXTS), whole, strict=True):
         assert plain.gap(gradient, every) < CLOSE
     assert passes.of == expected
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, [1] * 12), (2, [2] * 6), (7, [7, 5]), (12, [12])])
+def test_how_many_targets_fit_counts_what_there_is_most_of(
+    of: Any, n: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass of k targets holds k gradients of all logits, or of all concepts if they are more."""
+    few, many = ["abcdefabcdef"], lambda x: x.repeat(1, 4)
+    for encode, decode, most in (
+        (lambda x: x[:, :1], lambda c: c.expand(-1, 64), 12 * 160),
+        (many, lambda c: c[:, :64], 12 * 256),
+    ):
+        monkeypatch.setattr(concept_gradients, "_AT_ONCE", n * most)
+        passes = Passes(monkeypatch)
+        of(few, encode, decode)
+        assert passes.of == expected
 
 
 def test_a_text_without_rows_beside_others(of: Any, whole: list[Tensor], plain: Any) -> None:
@@ -269,6 +207,33 @@ def test_a_bar_changes_no_value(
     found = of(TEXTS, tqdm_bar=True)
     assert "1/1" in capsys.readouterr().err
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "targets", "shape"), [("<eos>", None, (1, 0, 7)), ("abc", [[]], (0, 3, 7))]
+)
+@pytest.mark.parametrize("shares", [True, False])
+def test_nothing_to_differentiate(
+    of: Any, text: str, targets: Any, shape: tuple[int, ...], shares: bool
+) -> None:
+    """A batch without rows, or without targets, has empty gradients, as beside other texts."""
+    (found,) = of([text], targets=targets, normalization=shares, concepts_x_gradients=shares)
+    assert found.shape == shape
+
+
+def test_gradients_do_not_keep_the_batch(of: Any) -> None:
+    """Each text's gradients hold no more memory than their own, however they were asked for."""
+    for options in ({}, {"normalization": True}, {"concepts_x_gradients": True}, {"targets": [0]}):
+        for found in of(["abcdef", "a", "<eos>"], **options):
+            assert found.untyped_storage().nbytes() == found.numel() * 4
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_batches_of_nothing(of: Any, size: Any) -> None:
+    """A batch size that is none is refused, as in the constructor."""
+    with pytest.raises(InputError, match=f"batch_size is at least 1, got {size}"):
+        of(TEXTS, batch_size=size)
 
 
 def test_inputs_are_those_of_activations(
@@ -310,6 +275,11 @@ class Sae(nn.Module):
         super().__init__()
         self.up = nn.Linear(64, 12)
         self.down = nn.Linear(12, 64)
+
+    @staticmethod
+    def fixed(rows: Tensor) -> Tensor:
+        """A linear map that has a graph of its own."""
+        return nn.Linear(64, 64)(rows)
 
     def encode(self, rows: Tensor) -> Tensor:
         return self.up(rows).relu()
@@ -368,6 +338,70 @@ def test_modes_around_it(of: Any, whole: list[Tensor]) -> None:
     assert not any(x.requires_grad or x.grad_fn for x in of(TEXTS, concepts_x_gradients=True))
 
 
+def test_under_inference_mode(of: Any, whole: list[Tensor]) -> None:
+    """It works there too, padded and all; what was made there cannot be differentiated, and is refused."""
+    linear = Linear()
+    with torch.inference_mode():
+        found = of(TEXTS, linear.encode, linear.decode)
+        assert torch.is_inference_mode_enabled()
+        weights = torch.randn(64, 64)
+        with pytest.raises(GradientError, match=r"decode .*inference_mode"):
+            of(TEXTS, torch.clone, lambda c: c @ weights)
+        with pytest.raises(RuntimeError, match="oh"):
+            of(TEXTS, torch.clone, fails)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert not any(x.is_inference() for x in found)
+
+
+def fails(concepts: Tensor) -> Tensor:
+    """A decode with an error of its own."""
+    raise RuntimeError("oh")
+
+
+def test_a_model_made_under_inference_mode(tiny: Any, tokenizer: Any) -> None:
+    """It has activations, and nothing can be differentiated through it: an error that says so."""
+    with torch.inference_mode():
+        splitter = SplitterForGeneration(tiny("gpt2"), 0, tokenizer=tokenizer)
+    assert splitter.get_activations("abc")[0].shape == (3, 64)
+    with pytest.raises(GradientError, match=r"made under torch\.inference_mode"):
+        splitter.concept_output_gradient("abc", torch.clone, torch.clone)
+
+
+def test_a_model_that_writes_into_its_state(tiny: Any, tokenizer: Any, plain: Any) -> None:
+    """RWKV keeps its state by writing into it, which no graph bears; where it need not, there is one."""
+    model, path = tiny("rwkv"), "rwkv.blocks.0"
+    splitter = SplitterForGeneration(model, 0, tokenizer=tokenizer, batch_size=2)
+    found = splitter.concept_output_gradient(["abc", "abcde"], torch.clone, torch.clone, **RAW)
+    for gradient, text in zip(found, ["abc", "abcde"], strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        leaf = plain.read(model, ids, path)[path][0].requires_grad_()
+        given = {"input_ids": ids, "use_cache": False}
+        with plain.watching(model, path, lambda value, count, leaf=leaf: leaf * 1):
+            best = model(**given).logits[0].max(-1).values
+        by_hand = [torch.autograd.grad(x, leaf, retain_graph=True)[0][0] for x in best]
+        assert plain.gap(gradient, torch.stack(by_hand)) < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("said", [0, "blocks.0.mlp.hook_out"])
+def test_checkpointed_layers(tiny: Any, tokenizer: Any, said: Any, plain: Any) -> None:
+    """Layers that are computed again in the backward pass are rebuilt there too."""
+    model = tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    splitter = SplitterForGeneration(model, said, tokenizer=tokenizer)
+    calls: list[int] = []
+
+    def encode(rows: Tensor) -> Tensor:
+        calls.append(1)
+        return rows / 2
+
+    (expected,) = splitter.concept_output_gradient("words", encode, lambda c: 2 * c, **RAW)
+    model.train().gradient_checkpointing_enable()
+    (found,) = splitter.concept_output_gradient("words", encode, lambda c: 2 * c, **RAW)
+    assert model.training
+    assert len(calls) == 2
+    assert plain.gap(found, expected) < CLOSE
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -382,8 +416,18 @@ def test_modes_around_it(of: Any, whole: list[Tensor]) -> None:
         (torch.clone, lambda c: c[:, :9], InputError, r"decode gave \[24, 9\]"),
         (torch.clone, lambda c: c.detach(), GradientError, "decode is not differentiable"),
         (torch.clone, lambda c: c.sign().detach(), GradientError, "decode is not differentiable"),
+        (
+            torch.clone,
+            lambda c: Sae.fixed(c.detach()),
+            GradientError,
+            "decode is not differentiable",
+        ),
+        (torch.clone, lambda c: (c,), InputError, r"decode gave tuple; .* \[24, 64\]"),
+        (torch.clone, lambda c: None, InputError, "decode gave NoneType"),
+        (lambda a: a.long(), None, InputError, r"encode gave torch.int64 \[24, 64\].*floats"),
+        (lambda a: None, None, InputError, "encode gave NoneType"),
     ],
-    ids=range(8),
+    ids=range(13),
 )
 def test_what_is_no_dictionary(of: Any, encode: Any, decode: Any, error: Any, message: str) -> None:
     """Concepts that are not one row a row, rows that do not fit, a decode without a slope."""
@@ -422,3 +466,30 @@ def test_a_model_without_logits(tiny: Any, tokenizer: Any) -> None:
     split = ModelWithSplitPoints(tiny("bert", "textenc"), tokenizer, 0)
     with pytest.raises(InputError, match="no logits"):
         split.concept_output_gradient(TEXTS, torch.clone, torch.clone)
+
+
+def test_a_place_that_has_no_gradient(tiny: Any, tokenizer: Any) -> None:
+    """Choices are whole numbers, and some models run layers without gradients: refused, each for its reason."""
+    split = ModelWithSplitPoints(tiny("mixtral"), tokenizer, "blocks.0.mlp.router.hook_experts")
+    assert split.get_activations("abc")[0].shape == (3, 2)
+    with pytest.raises(InputError, match=r"int64.*only floats"):
+        split.concept_output_gradient("abc", torch.clone, torch.clone)
+    split = ModelWithSplitPoints(tiny("hrm_text"), tokenizer, 0)
+    with pytest.raises(GradientError, match="without gradients"):
+        split.concept_output_gradient("abc", torch.clone, torch.clone)
+
+
+class Ahead(nn.Linear):
+    """A head that has nothing to say of the first position."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states[:, 1:])
+
+
+def test_logits_that_are_no_positions(tiny: Any, tokenizer: Any) -> None:
+    """Outputs that belong to no token of the text are refused with their shape."""
+    model = tiny("gpt2", tie_word_embeddings=False)
+    model.lm_head = Ahead(64, 160)
+    split = ModelWithSplitPoints(model, tokenizer, 0)
+    with pytest.raises(InputError, match=r"logits have shape \[1, 2, 160\].* 1 texts of 3 tokens"):
+        split.concept_output_gradient("abc", torch.clone, torch.clone)

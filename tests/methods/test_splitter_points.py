@@ -12,6 +12,7 @@ from torch import nn
 
 from lensbridge import (
     AbsentPointError,
+    HookNotFiredError,
     InputError,
     LayerRangeError,
     LensError,
@@ -25,14 +26,14 @@ from lensbridge import (
 TEXTS = ["some words", "a"]
 
 PLACES = {
-    # what is said -> (the point it is, the module of a GPT-2 by hand, how many of four blocks run)
+    # what is said -> (the point it is, the module of a GPT-2 by hand, how many of four blocks begin)
     0: ("blocks.0.hook_out", "transformer.h.0", 1),
     2: ("blocks.2.hook_out", "transformer.h.2", 3),
     -1: ("blocks.3.hook_out", "transformer.h.3", 4),
     -4: ("blocks.0.hook_out", "transformer.h.0", 1),
     "blocks.1.hook_out": ("blocks.1.hook_out", "transformer.h.1", 2),
     "blocks.1.hook_resid_post": ("blocks.1.hook_out", "transformer.h.1", 2),
-    "blocks.1.hook_resid_pre": ("blocks.1.hook_in", "transformer.h.1<", 2),
+    "blocks.1.hook_resid_pre": ("blocks.1.hook_in", "transformer.h.1<", 1),
     "blocks.2.mlp.hook_out": ("blocks.2.mlp.hook_out", "transformer.h.2.mlp", 3),
     "blocks.1.attn.hook_z": ("blocks.1.attn.hook_z", "transformer.h.1.attn.c_proj<", 2),
     "transformer.h.1": ("blocks.1.hook_out", "transformer.h.1", 2),
@@ -46,10 +47,10 @@ PLACES = {
         "transformer.h.1.ln_2<",
         2,
     ),
-    "transformer.wte": ("raw:transformer.wte.hook_out", "transformer.wte", None),
-    "hook_embed": ("embed.hook_out", "transformer.wte", None),
-    "ln_final.hook_out": ("ln_final.hook_out", "transformer.ln_f", None),
-    "lm_head": ("raw:lm_head.hook_out", "lm_head", None),
+    "transformer.wte": ("raw:transformer.wte.hook_out", "transformer.wte", 0),
+    "hook_embed": ("embed.hook_out", "transformer.wte", 0),
+    "ln_final.hook_out": ("ln_final.hook_out", "transformer.ln_f", 4),
+    "transformer.ln_f": ("raw:transformer.ln_f.hook_out", "transformer.ln_f", 4),
 }
 
 
@@ -97,11 +98,9 @@ def test_every_way_to_say_where(bridge: Any, tokenizer: Any, plain: Any, said: i
     assert splitter.get_latent_shape()[:2] == (1, 4)
 
 
-@pytest.mark.parametrize(
-    "said", [key for key, (_, _, n) in PLACES.items() if n is not None], ids=str
-)
+@pytest.mark.parametrize("said", PLACES, ids=str)
 def test_the_model_stops_behind_it(bridge: Any, said: int | str) -> None:
-    """No later block runs, nor the head; each earlier block runs once a batch."""
+    """No later block begins, nor does the head run; each earlier block runs once a batch."""
     n = PLACES[said][2]
     splitter = SplitterForGeneration(bridge, said, batch_size=2)
     for run in (
@@ -167,6 +166,97 @@ def test_the_place_can_be_moved(bridge: Any, tokenizer: Any, plain: Any) -> None
     assert splitter.get_latent_shape() == (1, 4, 256)
 
 
+def test_the_model_stops_inside_a_layer(bridge: Any) -> None:
+    """Right behind the place: of its layer, too, nothing more runs. The head is a place as well."""
+    runs: list[str] = []
+    block: Any = bridge.original_model.get_submodule("transformer.h.1")
+    handles = [
+        module.register_forward_hook(lambda *given, name=name: runs.append(name))
+        for name, module in block.named_children()
+    ]
+    SplitterForGeneration(bridge, "blocks.1.attn.hook_out").get_activations(TEXTS[:1])
+    for handle in handles:
+        handle.remove()
+    assert runs == [
+        "ln_1"
+    ]  # nor does whoever listens behind the splitter hear of the attention itself
+    logits, _ = SplitterForGeneration(bridge, "lm_head").get_activations("abc")
+    assert torch.equal(logits, bridge("abc", prepend_bos=False)[0])
+
+
+def test_a_module_that_is_not_passed(tiny: Any, tokenizer: Any) -> None:
+    """The model ran to its end and there is nothing to show: an error that says where."""
+    model = tiny("gpt2")
+    model.transformer.add_module("idle", nn.Linear(64, 64))
+    splitter = SplitterForGeneration(model, "transformer.idle", tokenizer=tokenizer)
+    for run in (
+        lambda: splitter.get_activations("abc"),
+        splitter.get_latent_shape,
+        lambda: splitter.concept_output_gradient("abc", torch.clone, torch.clone),
+    ):
+        with pytest.raises(HookNotFiredError, match=r"transformer\.idle"):
+            run()
+
+
+def test_a_module_that_is_passed_several_times(tiny: Any, tokenizer: Any, plain: Any) -> None:
+    """ALBERT's layers are one module: a path is its first call, a canonical name one of them."""
+    model = tiny("albert", "masked")
+    path = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    split = ModelWithSplitPoints(model, tokenizer, path)
+    given = torch.tensor([tokenizer("abc")["input_ids"]])
+    calls: list[Any] = []
+    handle = model.get_submodule(path).register_forward_hook(
+        lambda m, args, out: calls.append(out.clone())
+    )
+    model(given)
+    handle.remove()
+    assert len(calls) > 1
+    assert torch.equal(split.get_activations("abc")[0], calls[0][0])
+    with pytest.raises(InputError, match="more than once"):
+        split.concept_output_gradient("abc", torch.clone, torch.clone)
+    split.split_points = "blocks.1.hook_out"
+    assert split.concept_output_gradient("abc", torch.clone, torch.clone)[0].shape == (3, 3, 64)
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_a_place_that_shows_no_row_a_token(bridge: Any, length: int) -> None:
+    """Patterns are [batch, head, query, key]: refused, also where there are as many tokens as heads."""
+    splitter = SplitterForGeneration(bridge, "blocks.1.attn.hook_pattern")
+    for run in (
+        splitter.get_activations,
+        splitter.inputs_to_activations,
+        lambda text: splitter.concept_output_gradient(text, torch.clone, torch.clone),
+    ):
+        with pytest.raises(InputError, match=r"batch, head, query, key.*\[batch, pos, d\]"):
+            run("abcdefg"[:length])
+    with pytest.raises(InputError, match="query"):
+        splitter.get_latent_shape()
+
+
+def test_places_of_models_with_other_streams(tiny: Any, tokenizer: Any) -> None:
+    """Positions that are no tokens, a stream in four versions: refused with their shapes."""
+    for name, shape in (("prophetnet", r"\[1, 9, 64\]"), ("gemma3n_text", r"\[4, 1, 3, 64\]")):
+        splitter = ModelWithSplitPoints(tiny(name), tokenizer, 0)
+        with pytest.raises(InputError, match=shape):
+            splitter.get_activations(["abc"])
+
+
+@pytest.mark.parametrize("said", ["hook_pos_embed", "transformer.wpe"])
+def test_a_place_that_all_texts_share(bridge: Any, said: str) -> None:
+    """GPT-2's position embeddings are [1, pos, d]: each text has its rows; nobody can rebuild them apart."""
+    splitter = SplitterForGeneration(bridge, said, batch_size=2)
+    weights: Any = bridge.original_model.get_submodule("transformer.wpe").weight
+    found, _ = splitter.get_activations(["abc", "ab"])
+    assert torch.equal(found, weights[[0, 1, 2, 0, 1]])
+    assert torch.equal(splitter.inputs_to_activations(["abc", "abd"])[1], weights[:3])
+    ids = bridge.to_tokens(["abc", "abd"], prepend_bos=False)
+    assert torch.equal(splitter.get_activations(ids)[0], weights[[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(InputError, match="batch_size=1"):
+        splitter.concept_output_gradient(ids, torch.clone, torch.clone)
+    found = splitter.concept_output_gradient(ids, torch.clone, torch.clone, batch_size=1)
+    assert [tuple(x.shape) for x in found] == [(3, 3, 64)] * 2
+
+
 def test_a_place_without_positions(new_classifier: Any, letters: Any) -> None:
     """What has no row a token, such as a pooled text, is refused with its shape."""
     splitter = ModelWithSplitPoints(new_classifier(), letters("[CLS] $A [SEP]"), "bert.pooler")
@@ -210,6 +300,36 @@ def test_from_a_model_or_a_bridge(bridge: Any, tokenizer: Any) -> None:
     assert torch.equal(of_model.get_activations(TEXTS)[0], of_bridge.get_activations(TEXTS)[0])
 
 
+def test_a_bridge_that_is_given_stays_as_it_is(
+    bridge: Any, tokenizer: Any, new_tokenizer: Any
+) -> None:
+    """Another tokenizer for the splitter is none for the bridge, which others use."""
+    side = bridge.cfg.default_padding_side
+    other = new_tokenizer(padding_side="left", bos_token="<eos>")
+    splitter = SplitterForGeneration(bridge, 0, tokenizer=other)
+    assert splitter.tokenizer is other
+    assert splitter.bridge is bridge
+    assert bridge.tokenizer is tokenizer
+    assert bridge.cfg.default_padding_side == side
+    # To the other one this is five letters, to the bridge's a special token.
+    assert splitter.get_activations("<bos>a")[0].shape == (6, 64)
+    assert SplitterForGeneration(bridge, 0).get_activations("<bos>a")[0].shape == (1, 64)
+
+
+def test_a_configuration_for_loading() -> None:
+    """config= loads a checkpoint with it, and is not changed; a path is taken for the configuration there."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(demo.path(), attn_pdrop=0.25)
+    before = config.to_dict()
+    splitter = SplitterForGeneration(demo.path(), 1, config=config)
+    assert splitter.model.config.attn_pdrop == 0.25
+    assert config.to_dict() == before
+    plain = SplitterForGeneration(demo.path(), 1, config=str(demo.path()))
+    assert plain.model.config.attn_pdrop != 0.25
+    assert torch.equal(splitter.get_activations("a")[0], plain.get_activations("a")[0])
+
+
 def test_only_causal_language_models(
     tiny: Callable[..., nn.Module], tokenizer: Any, new_classifier: Any, letters: Any
 ) -> None:
@@ -243,8 +363,15 @@ def test_options_that_exclude_each_other(bridge: Any, tokenizer: Any) -> None:
         given = {"tokenizer": tokenizer, **options} if options else {}
         with pytest.raises(InputError, match=message):
             SplitterForGeneration(model, 1, **given)
+    for plan in ("balanced", {"": "cpu"}):
+        with pytest.raises(InputError, match="being loaded"):
+            SplitterForGeneration(model, 1, tokenizer=tokenizer, device_map=plan)
     with pytest.raises(InputError, match="at least one split point"):
         ModelWithSplitPoints(model, tokenizer)
+    with pytest.raises(InputError, match="given twice: 1, 1"):
+        ModelWithSplitPoints(model, tokenizer, [1, 1])
+    with pytest.raises(InputError, match="tokenizer= is a tokenizer, got str"):
+        SplitterForGeneration(model, 1, tokenizer="gpt2")
 
 
 @pytest.mark.usefixtures("unchecked")
