@@ -8,7 +8,29 @@ from .attribution import (
     integrated_gradients,
 )
 from .base_splitter import BaseSplitter
+from .circuit import (
+    CausalCircuitAttribution,
+)
 from .dla import LogitAttribution, direct_logit_attribution
+from .gating import (
+    CHG,
+    AblationCurve,
+    CHGBatch,
+    CHGDataset,
+    CHGResults,
+    CHGTrainer,
+    CircuitCheck,
+    ContrastiveCHG,
+    FitOptions,
+    FitUpdate,
+    GateSite,
+    KLToFull,
+    LogitDifference,
+    TargetTokens,
+    ablation_curve,
+    check_circuit,
+    gate_attribution,
+)
 from .gradients import (
     autograd_node_hook,
     capture_backward_pre,
@@ -27,24 +49,45 @@ from .scoring import (
     logits_to_probs,
     select_final_token,
 )
+from .spans import (
+    aggregate_to_sentences,
+    get_sentence_token_spans,
+)
 from .split_points import ModelWithSplitPoints
 from .splitters import SplitterForGeneration
 from .tracing import TraceResult, TransformerTracer
 
 __all__ = [
+    "CHG",
+    "AblationCurve",
     "Aggregation",
     "BaseSplitter",
+    "CHGBatch",
+    "CHGDataset",
+    "CHGResults",
+    "CHGTrainer",
+    "CausalCircuitAttribution",
+    "CircuitCheck",
+    "ContrastiveCHG",
+    "FitOptions",
+    "FitUpdate",
+    "GateSite",
     "Granularity",
     "InterventionSpec",
+    "KLToFull",
     "LensAPI",
     "LogitAttribution",
+    "LogitDifference",
     "ModelAdapter",
     "ModelWithSplitPoints",
     "SplitterForGeneration",
+    "TargetTokens",
     "TokenScores",
     "TraceResult",
     "TransformerTracer",
     "ValueAndGradient",
+    "ablation_curve",
+    "aggregate_to_sentences",
     "apply_interventions",
     "apply_temperature",
     "attribution_patching",
@@ -52,9 +95,12 @@ __all__ = [
     "capture_backward_pre",
     "capture_gradients",
     "capture_kwargs_hook",
+    "check_circuit",
     "direct_logit_attribution",
+    "gate_attribution",
     "gather_token_scores",
     "get_adapter",
+    "get_sentence_token_spans",
     "input_x_gradient",
     "integrated_gradients",
     "logits_to_log_probs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..bridge import TransformerBridge
-from ..hooks import GradientError, HookPoint, HookScope, InputError
+from ..hooks import GradientError, InputError
 from .attribution import gradients
+from .gating import CHG
 from .spans import AGGREGATIONS, Reader, aggregate_to_sentences, check_spans, spans_in
 
 METHODS = ("norm", "input_x_gradient")
@@ -277,18 +279,13 @@ def _cut(length: int, limit: int | None, name: str) -> int:
     return min(length, limit)
 
 
-def _gated(bridge: TransformerBridge, mask: Any) -> HookScope:
+def _gated(bridge: TransformerBridge, mask: Any) -> AbstractContextManager[Any]:
     """Heads multiplied by gates, for the length of a block that the backward pass is in as well."""
     if mask is None:
-        return bridge.hooks()
+        return nullcontext()
     gates = torch.as_tensor(mask).detach()
-    sizes = len(bridge.architecture.blocks), bridge.cfg.n_heads
-    if tuple(gates.shape) != sizes:
-        raise InputError(
-            f"a mask has a gate for each head, {list(sizes)} (layers, heads); got {list(gates.shape)}"
-        )
-    # Gates multiply in float32: in bfloat16 0.999 would be 1.
-    gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    if gates.dim() != 2:
+        raise InputError(f"one mask is looked through, [layer, head]; got {list(gates.shape)}")
     if not bool(((gates >= 0) & (gates <= 1)).all()):
         low, high = float(gates.min()), float(gates.max())
         raise InputError(
@@ -297,15 +294,4 @@ def _gated(bridge: TransformerBridge, mask: Any) -> HookScope:
             + "; of logits give mask.sigmoid()"
         )
 
-    def gate(z: Tensor, hook: HookPoint, own: Tensor) -> Tensor:
-        own = own.to(z.device)[:, None]
-        own = own.to(z.dtype) if z.dtype == torch.float64 else own.float()
-        return (z * own).to(z.dtype)
-
-    names = [f"{bridge.registry.layers}.{layer}.attn.hook_z" for layer in range(len(gates))]
-    return bridge.hooks(
-        [
-            (name, lambda z, hook, own=own: gate(z, hook, own))
-            for name, own in zip(names, gates, strict=True)
-        ]
-    )
+    return CHG(bridge).gated(gates)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..bridge import TransformerBridge
 from . import gradients
 from .adapter import ModelAdapter
+from .gating.lens_fit import Fitting
 from .interventions import InterventionSpec, apply_interventions
 from .scoring import TokenScores
 from .tracing import TraceResult, TransformerTracer, one_input
 
 
-class LensAPI:
+class LensAPI(Fitting):
     """One model and what can be asked of it; the model is neither moved nor frozen nor switched in mode.
 
     Args:
@@ -33,6 +34,7 @@ class LensAPI:
         trace = lens.trace(texts=["The capital of France is"], sites=["block_output", "logits"])
         trace.layer_probs(0)
         lens.score(texts=["Paris is in France"]).perplexity()
+        lens.fit(["The capital of France is"], [" Paris"]).summary()
     """
 
     def __init__(

@@ -294,7 +294,7 @@ def test_checkpointed_in_training(tiny: Callable[..., Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(4, 2), r"a gate for each head, \[2, 4\] .*got \[4, 2\]"),
+        (torch.ones(4, 2), r"\[2, 4\] for \[layer, head\].*got \[4, 2\]"),
         (torch.ones(1, 2, 4), r"got \[1, 2, 4\]"),
         (torch.full((2, 4), 1.5), "from 0 to 1, got 1.5 to 1.5; of logits give mask.sigmoid"),
         (torch.full((2, 4), -3.0), "got -3 to -3"),
