@@ -2,7 +2,6 @@
 
 from .adapter import ModelAdapter, get_adapter
 from .attribution import (
-    ValueAndGradient,
     attribution_patching,
     input_x_gradient,
     integrated_gradients,
@@ -41,6 +40,7 @@ from .gradients import (
 from .granularity import Aggregation, Granularity
 from .interventions import InterventionSpec, apply_interventions
 from .lens import LensAPI
+from .measured import ValueAndGradient
 from .scoring import (
     TokenScores,
     apply_temperature,

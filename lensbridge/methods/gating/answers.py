@@ -142,8 +142,8 @@ class Runner:
                     logits = _pick(self._entered(run, times, self.whole), at)
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
-        def each(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(wide.device).repeat_interleave(times, 0)
+        def each(x: Tensor) -> Tensor:
+            return x.to(wide.device).repeat_interleave(times, 0)
 
         return Answers(
             wide,
@@ -151,8 +151,8 @@ class Runner:
             each(positions),
             each(targets),
             count * times,
-            each(foils),
-            each(full),
+            None if foils is None else each(foils),
+            None if full is None else each(full),
         )
 
     def _speaks(self, rows: Tensor, positions: Tensor) -> Tensor:

@@ -291,8 +291,9 @@ class CHG:
             count += int(real.sum())
 
             def add(value: Tensor, hook: HookPoint, real: Tensor = real) -> None:
+                name = str(hook.name)
                 total = value[real.to(value.device)].to(torch.float64).sum(0)
-                sums[hook.name] = sums[hook.name] + total if hook.name in sums else total
+                sums[name] = sums[name] + total if name in sums else total
 
             run = self._runner.kwargs(
                 {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,9 @@ def read_results(cls: Any, path: Path) -> CHGResults:
     return cls(
         **{group: groups[group] for group in GROUPS},
         **{name: facts[name] for name in FACTS},
-        evaluation=None if ran is None else Evaluation(**ran, **groups["evaluation"]),
+        evaluation=None
+        if ran is None
+        else Evaluation(**ran, **cast(dict[str, Any], groups["evaluation"])),
     )
 
 

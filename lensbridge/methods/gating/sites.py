@@ -123,15 +123,17 @@ def _named(bridge: TransformerBridge, target: str, layers: Iterable[int] | None)
     for layer in wanted:
         name = _point(bridge, POINTS[target].format(layer))
         attn = blocks[layer].attn
-        if name is None or (attn is None and target in (HEADS, KV_GROUPS)):
+        if name is None:
+            missing.append(layer)
+        elif target in (ATTN, MLP):
+            sites.append(GateSite(name, layer, 1, axis=None))
+        elif attn is None:
             missing.append(layer)
         elif target == HEADS:
             sites.append(GateSite(name, layer, attn.n_heads))
-        elif target == KV_GROUPS:
+        else:
             groups = attn.n_key_value_heads
             sites.append(GateSite(name, layer, groups, share=attn.n_heads // groups))
-        else:
-            sites.append(GateSite(name, layer, 1, axis=None))
     if not sites or (missing and layers is not None):
         raise _lacking(bridge, target, missing)
     return sites
