@@ -9,6 +9,13 @@ from .data import CHGBatch, CHGDataset
 from .fitting import FitUpdate
 from .objectives import KLToFull, LogitDifference, Objective, TargetTokens
 from .options import FitOptions
+from .plots import (
+    ablation_plot,
+    cooccurrence_heatmap,
+    gate_trajectories,
+    head_heatmaps,
+    role_scatter,
+)
 from .results import CHGResults
 from .sites import GateSite
 from .training import CHGTrainer, ContrastiveCHG
@@ -41,7 +48,12 @@ __all__ = [
     "Objective",
     "TargetTokens",
     "ablation_curve",
+    "ablation_plot",
     "check_circuit",
+    "cooccurrence_heatmap",
     "gate_attribution",
+    "gate_trajectories",
+    "head_heatmaps",
+    "role_scatter",
     "scores_under",
 ]
