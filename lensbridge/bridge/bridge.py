@@ -26,7 +26,7 @@ from .layers import Layers
 from .listening import Hooks, Listening
 from .past import with_copied_past
 from .points import build_registry
-from .record import frozen, record_run
+from .record import frozen, record_run, whereabouts
 from .run import RETURN_TYPES, Stack, lm_loss, logits_of
 from .seen import first_item
 from .state import ModelState
@@ -336,6 +336,37 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
             InputError: An input or argument that cannot be used.
             LayerRangeError: A layer this model does not have.
         """
+        return self._forward(
+            input,
+            return_type=return_type,
+            loss_per_token=loss_per_token,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            start_at_layer=start_at_layer,
+            stop_at_layer=stop_at_layer,
+            tokens=tokens,
+            **hf_kwargs,
+        )
+
+    __call__ = forward
+
+    def _forward(
+        self,
+        input: Any = None,
+        *,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Any = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        told: Callable[[Inputs], None] | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """`forward`, which tells what was run as well."""
         if return_type not in RETURN_TYPES:
             raise InputError(f"return_type must be one of {RETURN_TYPES}, got {return_type!r}")
         start = (
@@ -353,10 +384,10 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
         inputs = self.prepare(value, prepend_bos, padding_side, attention_mask, **hf_kwargs)
         if tokens is not None:
             inputs.tokens = tokens
+        if told is not None:
+            told(inputs)
         out = self._run(inputs, input, start, stop)
         return out if stop is not None else self._answer(out, inputs, return_type, loss_per_token)
-
-    __call__ = forward
 
     def _enter_decoder(self, residual: Tensor, given: dict[str, Any]) -> None:
         """Prepare a run that enters a decoder late: its stream is given, the encoder's side must be."""
@@ -483,8 +514,10 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
             def backward(out: Any) -> Tensor:
                 return out if return_type == "loss" else out[1]
 
+        ran: list[Inputs] = []
+
         def run() -> Any:
-            return self.forward(input, return_type=return_type, **kwargs)
+            return self._forward(input, return_type=return_type, told=ran.append, **kwargs)
 
         with frozen(self._inner) if incl_bwd else nullcontext():
             out, cache = record_run(
@@ -495,6 +528,7 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
                 pos_slice=pos_slice,
                 backward=backward,
             )
+        cache.tokens, cache.mask = whereabouts(ran[-1], pos_slice, device)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict

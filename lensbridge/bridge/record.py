@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import GradientError, HookFunction, HookPoint, HookRegistry, LensError
+from ..hooks import GradientError, HookFunction, HookPoint, HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from .cache import ActivationCache, SliceInput, pos_dim, take
+from .inputs import Inputs
 
 
 class Recorder:
@@ -93,6 +94,23 @@ def check_versions(seen: list[tuple[str, Tensor, int]]) -> None:
             f"the model changed {spoilt[0]} in place after it was recorded; pass pos_slice or device to "
             "have copies taken, and please report the architecture"
         )
+
+
+def whereabouts(
+    inputs: Inputs, pos_slice: SliceInput, device: torch.device | str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens and mask at the positions a cache keeps, beside its tensors; None where they are not known."""
+    tokens, mask = inputs.tokens, inputs.mask
+    if tokens is not None and mask is not None:
+        mask = mask[:, -tokens.shape[1] :]  # a mask may cover a past as well
+    kept = []
+    for value in (tokens, mask):
+        try:
+            at = None if value is None else take(value, pos_slice, 1)
+        except InputError:
+            at = None  # the points that were kept have more positions than the text has tokens
+        kept.append(at if at is None or device is None else at.to(device))
+    return kept[0], kept[1]
 
 
 @contextmanager

@@ -229,3 +229,40 @@ def test_cache_keeps_no_listener(bridge: Any, cache: Any) -> None:
     """A cache is data: no point of the model listens because of it."""
     assert all(isinstance(p, HookPoint) and not p.has_hooks() for p in bridge.registry.values())
     assert not any(value.requires_grad for value in cache.values())
+
+
+# --- what was run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, 2, (1, 4), [0, 5]])
+def test_tokens_and_mask_are_cached(bridge: Any, ids: Tensor, given: Any) -> None:
+    """They lie beside the tensors, cut as those are."""
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    _, cache = bridge.run_with_cache(ids, attention_mask=mask, pos_slice=given)
+    index = slice(*given) if isinstance(given, tuple) else slice(None) if given is None else given
+    assert torch.equal(cache.tokens, ids[:, index])
+    assert torch.equal(cache.mask, mask[:, index])
+    row = cache.apply_slice_to_batch_dim(0)
+    assert torch.equal(row.tokens, ids[0, index])
+
+
+def test_no_padding_no_mask(bridge: Any, ids: Tensor) -> None:
+    """Where no padding was told of there is no mask, and of a residual stream there are no tokens."""
+    _, cache = bridge.run_with_cache(ids)
+    assert torch.equal(cache.tokens, ids)
+    assert cache.mask is None
+    _, late = bridge.run_with_cache(cache["resid_pre", 1], start_at_layer=1)
+    assert late.tokens is None
+
+
+def test_tokens_behind_a_past(bridge: Any, ids: Tensor) -> None:
+    """The positions that were run, not those of the past."""
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    out = bridge.original_model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+    _, cache = bridge.run_with_cache(
+        ids[:, -1:], attention_mask=mask, past_key_values=out.past_key_values
+    )
+    assert torch.equal(cache.tokens, ids[:, -1:])
+    assert cache.mask is None or cache.mask.tolist() == [[1], [1]]
