@@ -85,6 +85,9 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def _find(self, key: Any) -> str:
         name = self._full_name(key)
+        gone = self._of_a_splice(name)
+        if gone is not None:
+            return gone
         is_grad = name.endswith(_GRAD) and name not in self.registry
         bare = name[: -len(_GRAD)] if is_grad else name
         canonical = self.registry.canonical(bare) + (_GRAD if is_grad else "")
@@ -103,6 +106,14 @@ class ActivationCache(Mapping[str, Tensor]):
                 + (f" and {len(self) - 4} more" if len(self) > 4 else "")
             )
         return canonical
+
+    def _of_a_splice(self, name: str) -> str | None:
+        """The canonical name of a value whose point has gone since, with the coder it belonged to."""
+        host, *rest = name.rsplit(".", 2)
+        if name in self.registry or host not in self.registry:
+            return None
+        full = ".".join([self.registry.canonical(host), *rest])
+        return full if full in self.cache_dict else None
 
     def _full_name(self, key: Any) -> str:
         if isinstance(key, str):

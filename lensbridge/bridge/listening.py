@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from ..hooks import HookPoint, HookRegistry, HookScope, Listener
+from ..hooks import HookPoint, HookRegistry, HookScope, InputError, Listener, Splice
 from ..hooks.registry import Selection
 from .architecture import Architecture
 from .config import BridgeConfig
@@ -114,6 +114,49 @@ class Listening:
             HookNotFiredError: On leaving, when the model ran and a forward hook was never reached.
         """
         return self.registry.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts)
+
+    def splice(self, sae: Any, at: str, *, include_error: bool = True, name: str = "sae") -> Splice:
+        """Put a sparse autoencoder, or another coder, into the model at a point.
+
+        It stays until the splice is removed, or to the end of a ``with`` block. Behind the point's name come
+        ``.sae.hook_in``, ``.sae.hook_acts`` [batch, pos, concept], ``.sae.hook_error`` and
+        ``.sae.hook_out``: points like all others, to be cached, ablated, clamped and steered with, in
+        generation too.
+
+        Args:
+            sae: With ``encode_activations`` and ``decode_concepts``, or ``encode`` and ``decode``, on
+                rows [n, d]; and with ``d_in`` or ``get_dictionary()`` [concept, d], which say how wide
+                those are.
+            at: The point. Heads are laid side by side for a coder that is as wide as all of them.
+            include_error: Add again what the reconstruction misses: then nothing changes until something is
+                edited.
+            name: What to call it in names, if several stand at one point.
+        Raises:
+            InputError: No coder, or a point without positions and features.
+            UnknownPointError, AbsentPointError: No such point.
+            PointError: The name is taken there.
+            HookValueError: In a run, when what passes has another width.
+        """
+        point = self.registry[at]
+        for ways in (("encode_activations", "decode_concepts"), ("encode", "decode")):
+            encode, decode = (getattr(sae, way, None) for way in ways)
+            if callable(encode) and callable(decode):
+                break
+        else:
+            raise InputError(
+                f"a coder has encode and decode (or encode_activations and decode_concepts), and "
+                f"{type(sae).__name__} has not"
+            )
+        width = getattr(sae, "d_in", None)
+        if width is None and callable(getattr(sae, "get_dictionary", None)):
+            width = sae.get_dictionary().shape[-1]
+        if not isinstance(width, int):
+            raise InputError(
+                f"{type(sae).__name__} does not say how wide its rows are: give it d_in"
+            )
+        return Splice(
+            self.registry, point, encode, decode, width, include_error=include_error, name=name
+        )
 
     def add_hook(
         self,

@@ -25,6 +25,7 @@ from .point import HookFunction, HookPoint, Listener
 from .registry import HookRegistry
 from .scope import HookScope
 from .span import Span
+from .splice import Splice
 from .step import Clock, Step
 from .tap import Action, Call, Site, Tap, Unsettled, watch
 
@@ -49,6 +50,7 @@ __all__ = [
     "SelectionError",
     "Site",
     "Span",
+    "Splice",
     "Step",
     "Tap",
     "UnknownPointError",

@@ -121,6 +121,37 @@ class HookRegistry(Mapping[str, HookPoint]):
             self.aliases[alias] = str(point.name)
         return point
 
+    def add_behind(self, host: HookPoint, points: Iterable[HookPoint]) -> None:
+        """Register points that fire right behind another one.
+
+        Raises:
+            PointError: A name is taken; none is registered then.
+        """
+        made = list(points)
+        before = list(self._points)
+        try:
+            for point in made:
+                self.add(point)
+        except PointError:
+            self.drop(made)
+            raise
+        at = before.index(str(host.name)) + 1
+        names = [*before[:at], *(str(point.name) for point in made), *before[at:]]
+        self._points = {name: self._points[name] for name in names}
+        self._order.clear()
+
+    def drop(self, points: Iterable[HookPoint]) -> None:
+        """Forget points and whoever listens there."""
+        for point in points:
+            if self._points.get(str(point.name)) is not point:
+                continue
+            point.remove_hooks("both", including_permanent=True)
+            del self._points[str(point.name)]
+            for alias in point.aliases:
+                self.aliases.pop(alias, None)
+        self._order.clear()
+        self._selected.clear()
+
     # --- mapping ---------------------------------------------------------------------------------
 
     def __getitem__(self, name: Any) -> HookPoint:

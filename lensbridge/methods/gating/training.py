@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...bridge import TransformerBridge
 from ...hooks import InputError
 from .chg import CHG
 from .data import CHGDataset
@@ -32,13 +33,13 @@ class Trainer(ABC):
 
     def __init__(
         self,
-        chg: CHG,
+        chg: CHG | TransformerBridge | nn.Module,
         dataset: CHGDataset,
         objective: Objective | None,
         masks: Tensor | None,
         knobs: dict[str, Any],
     ) -> None:
-        self.chg = chg
+        self.chg = chg = chg if isinstance(chg, CHG) else CHG(chg)
         self.dataset = dataset
         self.objective = TargetTokens() if objective is None else objective
         self.options = options_of(knobs)
@@ -132,7 +133,7 @@ class CHGTrainer(Trainer):
 
     def __init__(
         self,
-        chg: CHG,
+        chg: CHG | TransformerBridge | nn.Module,
         dataset: CHGDataset,
         *,
         objective: Objective | None = None,
@@ -142,7 +143,7 @@ class CHGTrainer(Trainer):
         """Prepare a fit.
 
         Args:
-            chg: A gated model.
+            chg: A gated model; of another, or a bridge, the heads are gated.
             dataset: What it is to do.
             objective: What is lowered; None for minus the log-probability of the targets.
             masks: Logits of the first gates, [mask, layer, head], in place of drawn ones.
@@ -175,7 +176,7 @@ class ContrastiveCHG(Trainer):
 
     def __init__(
         self,
-        chg: CHG,
+        chg: CHG | TransformerBridge | nn.Module,
         retain: CHGDataset,
         forget: CHGDataset,
         *,
@@ -187,7 +188,7 @@ class ContrastiveCHG(Trainer):
         """Prepare a fit.
 
         Args:
-            chg: A gated model.
+            chg: A gated model; of another, or a bridge, the heads are gated.
             retain: What it is still to do.
             forget: What it is no longer to do.
             objective: A loss for both; None for minus the log-probability of the targets.
