@@ -151,7 +151,7 @@ def _head(
 
     The head itself is asked, so that it does not matter what its weights are (quantised, offloaded, LoRA).
     """
-    module = _module(bridge.registry["unembed.hook_in"])
+    module = module_of(bridge.registry["unembed.hook_in"])
     with bridge.registry.silenced(), differentiable(bridge):
         zero = torch.zeros_like(like)[:, None].requires_grad_()
         out = module(zero)[:, 0]
@@ -160,7 +160,8 @@ def _head(
     return direction[:, 0], bias
 
 
-def _module(point: HookPoint) -> nn.Module:
+def module_of(point: HookPoint) -> nn.Module:
+    """The module a point is at."""
     return next(owner.module for owner in point.owners if isinstance(owner, Site))
 
 
@@ -311,7 +312,7 @@ class _Stream:
         if norm.center:
             parts = [part - part.mean(-1, keepdim=True) for part in parts]
         parts = [part / scale for part in parts]
-        module: Any = _module(self.bridge.registry[f"{name}.hook_out"])
+        module: Any = module_of(self.bridge.registry[f"{name}.hook_out"])
         with align_module_device(module):  # accelerate may keep the weights elsewhere
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if weight is not None:
@@ -419,7 +420,7 @@ def _made(stream: _Stream, here: str, branch: Any, per_head: bool) -> list[tuple
         return [(whole, stream.read(whole))]
     parts = list(stream.read(heads).unbind(-2))
     labels = [f"{heads}[{head}]" for head in range(len(parts))]
-    module: Any = _module(stream.bridge.registry[heads])
+    module: Any = module_of(stream.bridge.registry[heads])
     if getattr(module, "bias", None) is not None:
         bias = stream.read(f"{here}.{branch.name}.o.hook_out") - torch.stack(parts).sum(0)
         labels, parts = [*labels, f"{here}.{branch.name}.o.bias"], [*parts, bias]
