@@ -1,0 +1,1 @@
+"""Concepts of activations: sparse autoencoders, trained, used and kept in files."""
