@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from ...bridge import TransformerBridge
 from ...hooks import InputError, LensError
 from ..granularity import Aggregation, Granularity
 from . import fitting
@@ -106,6 +107,11 @@ class SAEExplainer:
     def splitter(self) -> Any:
         """The splitter that was given, or one made for the bridge."""
         return self._place.splitter
+
+    @property
+    def bridge(self) -> TransformerBridge:
+        """The model."""
+        return self._place.bridge
 
     @property
     def split_point(self) -> str:
@@ -262,16 +268,33 @@ class SAEExplainer:
         with self._graph(rows):
             return self._model.encode(rows)[1]
 
-    def decode_concepts(self, concepts: Num[Tensor, "row concept"]) -> Float[Tensor, "row d"]:
+    def decode_concepts(
+        self,
+        concepts: Num[Tensor, "row concept"],
+        activations: Num[Tensor, "row d"] | None = None,
+    ) -> Float[Tensor, "row d"]:
         """Activations of codes; with a graph only if they have one.
 
+        Args:
+            concepts: Codes.
+            activations: What they are codes of: only of autoencoders that normalise each row, as some of
+                SAELens's do, which need its size back.
         Raises:
             NotFittedError: It has not been fitted.
-            InputError: Something else than floats [n, nb_concepts].
+            InputError: Something else than floats [n, nb_concepts], or activations are needed.
         """
         codes = self._checked(concepts, self.nb_concepts, "concepts")
+        if self._model.row_norm == "none":
+            with self._graph(codes):
+                return self._model.decode(codes)
+        if activations is None:
+            raise InputError(
+                f"this autoencoder normalises each row ({self._model.row_norm}), and codes alone do not say "
+                "its size: give the activations, too"
+            )
+        rows = self._checked(activations, self.d, "activations")
         with self._graph(codes):
-            return self._model.decode(codes)
+            return self._model.denormalised(self._model.decode(codes), rows)
 
     activations_to_concepts = encode_activations
     concepts_to_activations = decode_concepts
@@ -322,10 +345,7 @@ class SAEExplainer:
             InputError: Another split point, or what the splitter refuses.
         """
         self._check_fitted()
-        if (
-            split_point is not None
-            and Place(self._place.bridge, split_point).name != self._place.name
-        ):
+        if split_point is not None and Place.named(self.bridge, split_point) != self.split_point:
             raise InputError(
                 f"these are concepts at {self._place.name}, and the gradient was asked at {split_point!r}"
             )
@@ -334,7 +354,7 @@ class SAEExplainer:
             self.encode_activations,
             self.decode_concepts,
             targets=targets,
-            split_point=self._place.key,
+            split_point=self._place.among,
             activation_granularity=activation_granularity,
             aggregation_strategy=aggregation_strategy,
             concepts_x_gradients=concepts_x_gradients,
@@ -390,12 +410,15 @@ class SAEExplainer:
 
         return load(cls, Path(path), splitter, split_point, encoder_module, device)
 
-    def adopt(self, state: Mapping[str, Tensor], *, centers: bool = True) -> None:
+    def adopt(
+        self, state: Mapping[str, Tensor], *, centers: bool = True, row_norm: str = "none"
+    ) -> None:
         """Take over the weights of a trained autoencoder of this kind.
 
         Args:
             state: What ``concept_model.state_dict()`` gives of it.
             centers: Whether ``b_dec`` is taken off what the encoder is shown.
+            row_norm: How each row is normalised before (`models.ROW_NORMS`).
         Raises:
             InputError: Weights of other names or shapes.
         """
@@ -404,7 +427,7 @@ class SAEExplainer:
             model.load_state_dict(dict(state))
         except RuntimeError as error:
             raise InputError(f"these are no weights of a {type(self).__name__}: {error}") from error
-        model.centers = centers
+        model.centers, model.row_norm = centers, row_norm
         self._model = model.eval().requires_grad_(False)
         self._fitted = True
 

@@ -46,6 +46,7 @@ def save(explainer: SAEExplainer, path: Path) -> None:
         "d": explainer.d,
         "split_point": explainer.split_point,
         "centers": model.centers,
+        "row_norm": model.row_norm,
         "options": options,
     }
     write(path, tensors, facts)
@@ -89,12 +90,12 @@ def load(
     state = {
         name.removeprefix("model/"): x for name, x in tensors.items() if name.startswith("model/")
     }
-    made.adopt(state, centers=facts["centers"])
+    made.adopt(state, centers=facts["centers"], row_norm=facts["row_norm"])
     return made
 
 
 def place_for(
-    path: Path, source: Source, split_point: int | str | None, hook: str, width: int
+    path: Path, source: Source, split_point: int | str | None, hook: str | None, width: int
 ) -> Place:
     """The place that a file's autoencoder belongs to.
 
@@ -104,8 +105,7 @@ def place_for(
     if split_point is None and not isinstance(source, SplitterForGeneration):
         split_point = hook
     place = Place(source, split_point)
-    wanted = Place(place.bridge, hook).name
-    if place.name != wanted:
+    if hook is not None and place.name != Place.named(place.bridge, hook):
         raise InputError(f"{path} holds concepts of {hook}, and this is {place.name}")
     if place.width != width:
         raise InputError(

@@ -181,6 +181,7 @@ def finished(model: Autoencoder) -> Autoencoder:
     """A trained autoencoder, made ready for use: in the units of the activations, and without gradients."""
     model.fold()
     model.eval().requires_grad_(False)
+    model.zero_grad(set_to_none=True)
     return model
 
 

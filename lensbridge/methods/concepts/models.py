@@ -25,6 +25,8 @@ _SPARSE = 1 / 8
 """Up to this share of codes that matter, those alone are computed with; beyond it products are dense."""
 
 
+ROW_NORMS = ("none", "constant_norm_rescale", "layer_norm")
+"""What some autoencoders of SAELens do with each row first; those trained here do nothing."""
 REACH = {"rectangle": 0.5, "triangular": 0.5, "epanechnikov": 0.5, "quartic": 0.5, "cosine": 1.0}
 """How many bandwidths from the threshold a kernel is not zero; the others are nowhere."""
 
@@ -61,6 +63,7 @@ class Autoencoder(nn.Module):
     is_linear: bool
     has_bias: bool
     centers: bool
+    row_norm = "none"
 
     def _build(
         self,
@@ -180,6 +183,26 @@ class Autoencoder(nn.Module):
         """The atoms; reading them changes nothing."""
         return self.dictionary.get_dictionary()
 
+    def normalised(self, x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        """Rows as the file says that an autoencoder wants them."""
+        if self.row_norm == "constant_norm_rescale":
+            return x * (x.shape[1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        if self.row_norm == "layer_norm":
+            x = x - x.mean(dim=-1, keepdim=True)
+            return x / (x.std(dim=-1, keepdim=True) + 1e-5)
+        return x
+
+    def denormalised(
+        self, x_hat: Float[Tensor, "row d"], x: Float[Tensor, "row d"]
+    ) -> Float[Tensor, "row d"]:
+        """Reconstructions of normalised rows, as large as the rows were."""
+        if self.row_norm == "constant_norm_rescale":
+            return x_hat / (x.shape[1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        if self.row_norm == "layer_norm":
+            mean = x.mean(dim=-1, keepdim=True)
+            return x_hat * (x - mean).std(dim=-1, keepdim=True) + mean
+        return x_hat
+
     def centered(self, u: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
         """What the encoder is shown."""
         return u - self.b_dec if self.has_bias and self.centers else u
@@ -188,7 +211,7 @@ class Autoencoder(nn.Module):
         self, x: Float[Tensor, "row d"]
     ) -> tuple[Float[Tensor, "row concept"], Float[Tensor, "row concept"]]:
         """Pre-codes and codes, in the units of the activations."""
-        pre, codes = self.inside(self.centered(x * self.scale))
+        pre, codes = self.inside(self.centered(self.normalised(x) * self.scale))
         return pre / self.scale, codes / self.scale
 
     def inside(self, centered: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +305,7 @@ class Autoencoder(nn.Module):
 class Vanilla(Autoencoder):
     """A ReLU; sparse by the sum of its codes, which unit atoms keep honest."""
 
-    def __init__(self, d: int, nb_concepts: int, *, l1: float | int = 1.0, **common: Any) -> None:
+    def __init__(self, d: int, nb_concepts: int, *, l1: float | int = 1.25, **common: Any) -> None:
         self._build(d, nb_concepts, **common)
         self.l1 = number("l1", l1)
 
@@ -393,10 +416,10 @@ class Jump(Autoencoder):
         nb_concepts: int,
         *,
         kernel: str = "rectangle",
-        bandwidth: float | int = 0.1,
+        bandwidth: float | int = 0.2,
         threshold: float | int = 0.5,
         target_l0: int | None = None,
-        l0: float | int = 0.1,
+        l0: float | int = 0.3,
         **common: Any,
     ) -> None:
         if kernel not in self.kernels:

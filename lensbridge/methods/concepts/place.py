@@ -39,7 +39,7 @@ class Place:
         key = next(iter(points)) if split_point is None else str(split_point)
         if key not in points:
             # By another of its names.
-            wanted = self._points(self.bridge, split_point)[key]
+            wanted = self.named(self.bridge, split_point)
             found = [own for own, name in points.items() if name == wanted]
             if not found:
                 raise InputError(
@@ -63,6 +63,15 @@ class Place:
             split_point = _layer(source, split_point)
         return {str(split_point): str(source.registry[split_point].name)}
 
+    @staticmethod
+    def named(bridge: TransformerBridge, split_point: int | str | None) -> str:
+        """The hook point that a bridge knows by some name.
+
+        Raises:
+            UnknownPointError, AbsentPointError, LayerRangeError: It knows none.
+        """
+        return next(iter(Place._points(bridge, split_point).values()))
+
     @property
     def bridge(self) -> TransformerBridge:
         """The model."""
@@ -78,6 +87,11 @@ class Place:
         if isinstance(self.source, TransformerBridge):
             return ModelWithSplitPoints(self.source, split_points=[self.key])
         return self.source
+
+    @property
+    def among(self) -> str | None:
+        """Which of the splitter's points it is; None where the splitter has no more than one."""
+        return None if isinstance(self.source, SplitterForGeneration) else self.key
 
     def _width(self) -> int:
         if isinstance(self.source, TransformerBridge):
