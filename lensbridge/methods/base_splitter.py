@@ -21,7 +21,7 @@ from ..hooks import (
 )
 from .batches import Activations, Batch, Rows, cut
 from .concept_gradients import ConceptGradients
-from .granularity import Aggregation, Granularity, groups_of
+from .granularity import Aggregation, Granularity, Groups, groups_of
 from .samples import Sample, samples_given, samples_of
 
 _PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -139,12 +139,13 @@ class BaseSplitter:
         Raises:
             InputError: Something else, or a text without tokens.
         """
+        detailed = granularity in (Granularity.WORD, Granularity.SENTENCE)
         if isinstance(inputs, str):
             inputs = [inputs]
         if isinstance(inputs, Tensor):
             inputs = {"input_ids": inputs}
         if isinstance(inputs, Mapping):
-            return samples_given(inputs, self.tokenizer)
+            return samples_given(inputs, self.tokenizer, detailed=detailed)
         if not isinstance(inputs, (list, tuple)) or not all(isinstance(x, str) for x in inputs):
             raise InputError(
                 "inputs are a list of texts, ids [batch, pos], or what a tokenizer returns, got "
@@ -152,10 +153,9 @@ class BaseSplitter:
             )
         if not inputs:
             raise InputError("an empty list of texts was given; give at least one")
-        detailed = granularity in (Granularity.WORD, Granularity.SENTENCE)
         return samples_of(inputs, self.tokenizer, self.bridge.cfg.n_ctx, detailed=detailed)
 
-    def groups(self, samples: Sequence[Sample], granularity: Granularity) -> list[list[list[int]]]:
+    def groups(self, samples: Sequence[Sample], granularity: Granularity) -> list[Groups]:
         """The tokens of each row of each text.
 
         Raises:
@@ -167,7 +167,7 @@ class BaseSplitter:
     def batches(
         self,
         samples: Sequence[Sample],
-        groups: Sequence[list[list[int]]],
+        groups: Sequence[Groups],
         how: Aggregation = Aggregation.MEAN,
         batch_size: int | None = None,
         tqdm_bar: bool = False,
@@ -293,7 +293,7 @@ class BaseSplitter:
     ) -> tuple[dict[str, Activations], Any]:
         samples = self.samples(inputs, granularity)
         groups = self.groups(samples, granularity)
-        counts = [len(own) for own in groups]
+        counts = [len(own.sizes) for own in groups]
         rows = {key: Rows(counts, flatten) for key in self._points}
         predicted: list[Any] = [None] * len(samples)
         for batch in self.batches(samples, groups, how, None, tqdm_bar):
@@ -316,7 +316,7 @@ class BaseSplitter:
     def _latent_shape(self) -> dict[str, torch.Size]:
         """The shape of what each split point shows of a short text."""
         samples = self.samples(["scan"])
-        (batch,) = self.batches(samples, [[]])
+        (batch,) = self.batches(samples, [Groups([], [])])
         shapes: dict[str, torch.Size] = {}
 
         def look(shown: Tensor, hook: HookPoint) -> Tensor:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, groupby
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Num, Shaped
 from torch import Tensor
 
 from ..hooks import HookPoint, InputError
-from .granularity import Aggregation
+from .granularity import Aggregation, Groups
 from .samples import Sample
-
-Groups = list[list[int]]
-"""The tokens of each row of a text."""
 
 Activations = Tensor | list[Tensor]
 """Rows of several texts: one after the other in one tensor [row, d], or a list of tensors, one a text."""
@@ -52,36 +50,32 @@ class Batch:
     ) -> None:
         self.texts = list(texts)
         self.how = how
-        lengths = [len(sample.ids) for sample in samples]
-        width = max(lengths)
-        self.firsts = [width - n if in_front else 0 for n in lengths]
+        # In NumPy, whose small arrays cost a fraction of PyTorch's: next to a small model it shows.
+        lengths = np.array([len(sample.ids) for sample in samples])
+        width = int(lengths.max())
+        firsts = width - lengths if in_front else np.zeros_like(lengths)
+        columns = np.arange(width) - firsts[:, None]
+        is_token = (columns >= 0) & (columns < lengths[:, None])
 
-        def table(rows: list[Sequence[int]], fill: int) -> Tensor:
-            return torch.tensor(
-                [
-                    [*[fill] * first, *row, *[fill] * (width - first - len(row))]
-                    for row, first in zip(rows, self.firsts, strict=True)
-                ]
-            )
+        def table(rows: Iterable[Sequence[int]], fill: int) -> Tensor:
+            made = np.full(is_token.shape, fill, dtype=np.int64)
+            made[is_token] = list(chain.from_iterable(rows))
+            return torch.from_numpy(made)
 
-        self.ids = table([sample.ids for sample in samples], pad_id)
-        self.mask = table([[1] * n for n in lengths], 0)
+        self.ids = table((sample.ids for sample in samples), pad_id)
+        self.mask = torch.from_numpy(is_token.astype(np.int64))
         self.types: Tensor | None = None
         if any(sample.types for sample in samples):
-            self.types = table([s.types or [0] * len(s.ids) for s in samples], 0)
-        self.counts = [len(own) for own in groups]
-        self._sizes = [len(group) for own in groups for group in own]
-        starts = [row * width + first for row, first in enumerate(self.firsts)]
+            self.types = table((s.types or [0] * len(s.ids) for s in samples), 0)
+        self.firsts = firsts.tolist()
+        self.counts = [len(own.sizes) for own in groups]
+        sizes = [*chain.from_iterable(own.sizes for own in groups)]
+        self._sizes = torch.tensor(sizes, dtype=torch.long)
         # Where the tokens of all rows are, one row after the other, in states without their batch dimension.
-        self._places = torch.tensor(
-            [
-                start + token
-                for start, own in zip(starts, groups, strict=True)
-                for group in own
-                for token in group
-            ],
-            dtype=torch.long,
-        )
+        tokens = np.array([*chain.from_iterable(own.tokens for own in groups)], dtype=np.int64)
+        self._is_single = len(tokens) == len(sizes)
+        starts = firsts + width * np.arange(len(samples))
+        self._places = torch.from_numpy(tokens + starts.repeat([len(own.tokens) for own in groups]))
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model's forward is told of the batch beside its ids."""
@@ -115,20 +109,22 @@ class Batch:
     def rows(self, states: Num[Tensor, "batch pos d"]) -> Num[Tensor, "row d"]:
         """The rows of all texts, one text after the other; copies."""
         tokens = states.flatten(0, 1)[self._places.to(states.device)]
-        if len(self._places) == len(self._sizes):
+        if self._is_single:
             return tokens
-        return torch.cat([self.how.aggregate(group) for group in tokens.split(self._sizes)])
+        made = tokens.new_empty(len(self._sizes), tokens.shape[1])
+        ends = self._sizes.cumsum(0)
+        for n in self._sizes.unique().tolist():
+            # All rows of one size at once: words are few sizes, and a batch has thousands of them.
+            which = (self._sizes == n).nonzero()[:, 0]
+            own = (ends[which] - n)[:, None] + torch.arange(n)
+            made[which.to(made.device)] = self.how.aggregate(tokens[own.to(tokens.device)])
+        return made
 
     def put_back(
         self, rows: Num[Tensor, "row d"], states: Num[Tensor, "batch pos d"]
     ) -> Num[Tensor, "batch pos d"]:
         """The states with the rows in the places they were taken from."""
-        if not self._sizes:
-            return states
-        values = rows
-        if len(self._places) != len(self._sizes):
-            each = zip(rows.split(1), self._sizes, strict=True)
-            values = torch.cat([self.how.unfold(row, n) for row, n in each])
+        values = rows if self._is_single else self.how.unfold(rows, self._sizes.to(rows.device))
         places = self._places.to(states.device)
         return states.flatten(0, 1).index_put((places,), values).view(states.shape)
 
@@ -156,22 +152,25 @@ class Rows:
     """
 
     def __init__(self, counts: list[int], flatten: bool) -> None:
-        self.counts = counts
-        self.starts = [0, *accumulate(counts)]
+        self.counts = np.array(counts)
+        self.starts = self.counts.cumsum() - self.counts
         self.flatten = flatten
         self.all: Tensor | None = None
         self.each: list[Any] = [None] * len(counts)
 
-    def put(self, texts: list[int], rows: Tensor) -> None:
+    def put(self, texts: list[int], rows: Num[Tensor, "row d"]) -> None:
         """Keep the rows of some texts, which come one text after the other."""
+        counts = self.counts[texts]
         if not self.flatten:
-            for text, own in zip(texts, rows.split([self.counts[i] for i in texts]), strict=True):
+            for text, own in zip(texts, rows.split(counts.tolist()), strict=True):
                 self.each[text] = own.clone()  # a view would keep the whole batch
             return
         if self.all is None:
-            self.all = rows.new_empty(self.starts[-1], rows.shape[1])
-        for text, own in zip(texts, rows.split([self.counts[i] for i in texts]), strict=True):
-            self.all[self.starts[text] : self.starts[text + 1]] = own
+            self.all = rows.new_empty(int(self.counts.sum()), rows.shape[1])
+        # From where the rows of a text came to where they go.
+        moves = self.starts[texts] - (counts.cumsum() - counts)
+        places = np.arange(len(rows)) + moves.repeat(counts)
+        self.all[torch.from_numpy(places).to(rows.device)] = rows
 
     def result(self) -> Activations:
         """All rows: one tensor [row, d], or one a text."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bridge import frozen
 from ..hooks import GradientError, HookNotFiredError, HookPoint, InputError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _AT_ONCE = 2**28
 """Elements that the gradients of all targets of one backward pass may have, at the place where they have the
 most; more targets take several passes."""
+
+_AT_ONCE_ON_CPU = 2**18
+"""The same on the CPU, where it is the cache that they must fit: a pass over more is slower than two."""
 
 
 class ConceptGradients:
@@ -88,22 +91,44 @@ class ConceptGradients:
         wanted: list[list[int] | None],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For each text of a batch its gradients [target, row, concept] and its concepts [row, concept]."""
-        rebuild = _Rebuild(batch, encode, decode)
+        rebuild, head = _Rebuild(batch, encode, decode), _Head()
+        hooks: list[Any] = [(self.point, rebuild)]
+        if self._head_is_plain:
+            hooks.append(("unembed.hook_in", head))
         with (
             frozen(self.bridge.unwrapped_model),
             torch.enable_grad(),
             # In the backward pass, too: checkpointed layers come by again there.
-            self.bridge.hooks(fwd_hooks=[(self.point, rebuild)]),
+            self.bridge.hooks(fwd_hooks=hooks),
         ):
             logits = self.bridge(batch.ids, **self.splitter.options(batch))
             rebuild.is_over = True
             if not rebuild.has_passed:
                 raise HookNotFiredError(f"the model ran to its end without passing {self.point}")
             outputs, which = _outputs(logits, batch, wanted)
-            gradient = _jacobian(outputs, which, rebuild.concepts, logits.numel())
+            gradient = _jacobian(outputs, which, rebuild.concepts, head.states, logits.numel())
         concepts = rebuild.concepts.detach()
         parts = zip(gradient.split(batch.counts, dim=1), which, strict=True)
         return [grad[: len(own)] for grad, own in parts], list(concepts.split(batch.counts))
+
+    @property
+    def _head_is_plain(self) -> bool:
+        """Whether a linear map, position by position, makes the logits."""
+        path = self.bridge.architecture.unembed
+        if path is None or "unembed.hook_in" not in self.bridge.registry:
+            return False
+        return isinstance(self.bridge.unwrapped_model.get_submodule(path), nn.Linear)
+
+
+class _Head:
+    """The hook function: keeps what goes into the head, as the head gets it."""
+
+    states: Tensor | None = None
+
+    def __call__(self, shown: Tensor, hook: HookPoint) -> Tensor:
+        if self.states is None:
+            self.states = shown
+        return shown
 
 
 class _Rebuild:
@@ -225,6 +250,7 @@ def _jacobian(
     outputs: Float[Tensor, "batch output"],
     which: list[list[int]],
     concepts: Float[Tensor, "row concept"],
+    head: Tensor | None,
     n_logits: int,
 ) -> Float[Tensor, "target row concept"]:
     """Gradients of the k-th targets of all texts, in as few backward passes as fit.
@@ -235,29 +261,38 @@ def _jacobian(
         outputs: What is differentiated.
         which: The targets of each text.
         concepts: By what.
-        n_logits: How many logits there are: a backward pass holds as many for each target.
+        head: What goes into the head, [batch, pos, d_model], where the head is linear.
+        n_logits: How many logits there are.
     """
     most = max(len(own) for own in which)
     made = concepts.new_zeros(most, *concepts.shape)
     if not made.numel():
         return made
-    at_once = max(1, _AT_ONCE // max(concepts.numel(), n_logits))
+    source, slopes, size = outputs, torch.ones_like(outputs), n_logits
+    if head is not None and head.requires_grad and head.shape[:-1] == outputs.shape:
+        # A position's logits come from its own states: one pass through the head does for all targets, and
+        # of the vocabulary's many gradients none has to be held for each of them.
+        (slopes,) = torch.autograd.grad(outputs.sum(), head)
+        source, size = head, head.numel()
+    limit = _AT_ONCE_ON_CPU if source.device.type == "cpu" else _AT_ONCE
+    at_once = max(1, limit // max(concepts.numel(), size))
     for start in range(0, most, at_once):
-        picked = range(start, min(start + at_once, most))
-        weights = outputs.new_zeros(len(picked), *outputs.shape)
+        stop = min(start + at_once, most)
+        weights = source.new_zeros(stop - start, *source.shape)
         for text, own in enumerate(which):
-            for k in picked[: max(0, len(own) - start)]:
-                weights[k - start, text, own[k]] = 1
+            picked = own[start:stop]
+            weights[range(len(picked)), text, picked] = slopes[text, picked]
+        is_one = len(weights) == 1
         (grad,) = torch.autograd.grad(
-            outputs,
+            source,
             concepts,
-            weights,
-            retain_graph=picked.stop < most,
-            is_grads_batched=True,
+            weights[0] if is_one else weights,
+            retain_graph=stop < most,
+            is_grads_batched=not is_one,
             allow_unused=True,
         )
         if grad is not None:
-            made[start : picked.stop] = grad
+            made[start:stop] = grad
     return made
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from enum import Enum
-from typing import Any
+from itertools import accumulate
+from typing import NamedTuple
 
-from jaxtyping import Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from ..hooks import InputError
@@ -48,52 +50,74 @@ class Aggregation(Enum):
     MIN = "min"
     SIGNED_MAX = "signed_max"
 
-    def aggregate(self, rows: Num[Tensor, "token d"]) -> Num[Tensor, "1 d"]:
+    def aggregate(self, rows: Num[Tensor, "*row token d"]) -> Num[Tensor, "*row d"]:
         """One row of several.
 
         ``SIGNED_MAX`` is, for each feature, the value that is largest without its sign.
         """
         if self is Aggregation.MEAN:
-            return rows.mean(0, keepdim=True)
+            return rows.mean(-2)
         if self is Aggregation.SUM:
-            return rows.sum(0, keepdim=True)
+            return rows.sum(-2)
         if self is Aggregation.MAX:
-            return rows.max(0, keepdim=True).values
+            return rows.amax(-2)
         if self is Aggregation.MIN:
-            return rows.min(0, keepdim=True).values
-        return rows.gather(0, rows.abs().argmax(0, keepdim=True))
+            return rows.amin(-2)
+        return rows.gather(-2, rows.abs().argmax(-2, keepdim=True)).squeeze(-2)
 
-    def unfold(self, row: Num[Tensor, "1 d"], n: int) -> Num[Tensor, "{n} d"]:
-        """The rows of n tokens from the one they became; a sum is shared equally."""
-        return (row / n if self is Aggregation.SUM else row).expand(n, -1)
+    def unfold(
+        self, rows: Num[Tensor, "row d"], sizes: Int[Tensor, " row"]
+    ) -> Num[Tensor, "token d"]:
+        """The rows of tokens from those they became, each for as many as it has; sums are shared equally."""
+        each = rows / sizes[:, None] if self is Aggregation.SUM else rows
+        return each.repeat_interleave(sizes, 0)
 
 
-def groups_of(sample: Sample, granularity: Granularity, cls_id: int | None) -> list[list[int]]:
-    """The tokens of each row: lists of positions.
+class Groups(NamedTuple):
+    """The tokens that make the rows of a text.
+
+    Flat, because there may be millions of them, and lists of lists keep the garbage collector busy.
+
+    Attributes:
+        tokens: Positions in the text, one row's after the other's.
+        sizes: How many of them are each row's.
+    """
+
+    tokens: list[int]
+    sizes: list[int]
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each row by itself."""
+        ends = list(accumulate(self.sizes))
+        return [self.tokens[end - n : end] for end, n in zip(ends, self.sizes, strict=True)]
+
+
+def groups_of(sample: Sample, granularity: Granularity, cls_id: int | None) -> Groups:
+    """The tokens of each row.
 
     Raises:
         InputError: The granularity needs what this sample lacks (text, a CLS token).
     """
-    real = [index for index, special in enumerate(sample.special) if not special]
     if granularity is Granularity.ALL_TOKENS:
-        return [[index] for index in range(len(sample.ids))]
-    if granularity is Granularity.TOKEN:
-        return [[index] for index in real]
-    if granularity is Granularity.SAMPLE:
-        return [real] if real else []
+        return Groups([*range(len(sample.ids))], [1] * len(sample.ids))
     if granularity is Granularity.CLS_TOKEN:
         if cls_id is None or sample.ids[0] != cls_id:
             raise InputError(
                 f"CLS_TOKEN needs texts that begin with the tokenizer's CLS token ({cls_id}); this one "
                 f"begins with {sample.ids[0]}"
             )
-        return [[0]]
+        return Groups([0], [1])
+    real = [index for index, special in enumerate(sample.special) if not special]
+    if granularity is Granularity.TOKEN:
+        return Groups(real, [1] * len(real))
+    if granularity is Granularity.SAMPLE:
+        return Groups(real, [len(real)] if real else [])
     if granularity is Granularity.WORD:
         if sample.words is None:
             raise InputError(
                 "WORD needs text, or what a fast tokenizer made of it: ids do not say where words begin"
             )
-        return _runs([(index, sample.words[index]) for index in real])
+        return Groups(real, _runs([sample.words[index] for index in real]))
     if sample.text is None:
         raise InputError("SENTENCE needs text: ids do not say where sentences end")
     if sample.spans is None:
@@ -101,20 +125,19 @@ def groups_of(sample: Sample, granularity: Granularity, cls_id: int | None) -> l
             "SENTENCE needs a fast tokenizer, which says where tokens stand in the text"
         )
     ends = sentence_ends(sample.text)
-    which = [(i, sum(sample.spans[i][1] > end for end in ends)) for i in real]
-    return _runs(which)
+    return Groups(real, _runs([bisect_left(ends, sample.spans[index][1]) for index in real]))
 
 
-def _runs(keyed: list[tuple[int, Any]]) -> list[list[int]]:
-    """Neighbours with the same key together."""
-    groups: list[list[int]] = []
-    last: Any = object()
-    for index, key in keyed:
+def _runs(keys: list[int | None]) -> list[int]:
+    """How many neighbours have the same key; those without one stand alone."""
+    sizes: list[int] = []
+    last: int | None = None
+    for key in keys:
         if key is None or key != last:
-            groups.append([])
-        groups[-1].append(index)
+            sizes.append(0)
+        sizes[-1] += 1
         last = key
-    return groups
+    return sizes
 
 
 def sentence_ends(text: str) -> list[int]:

@@ -82,12 +82,15 @@ def samples_of(
     )
 
 
-def samples_given(given: Mapping[str, Any], tokenizer: Any) -> list[Sample]:
+def samples_given(
+    given: Mapping[str, Any], tokenizer: Any, *, detailed: bool = True
+) -> list[Sample]:
     """Samples of ids, or of what a tokenizer returned: tensors or lists, padded or not.
 
     Args:
         given: ``input_ids``; ``attention_mask`` and ``token_type_ids`` if there are any.
         tokenizer: Says which ids are special.
+        detailed: Whether to find out which word each token belongs to.
     Raises:
         InputError: No ids, something that is none, or keywords that would be dropped.
     """
@@ -109,11 +112,14 @@ def samples_given(given: Mapping[str, Any], tokenizer: Any) -> list[Sample]:
 
     def of_real(table: Any) -> Any:
         if table is None or [len(row) for row in table] != [len(row) for row in ids]:
-            return None
+            return None  # of words: somebody has changed the ids
+        if mask is None or all(map(all, mask)):
+            return table
         return [[row[i] for i in keep] for row, keep in zip(table, kept, strict=True)]
 
     types = _beside(given, "token_type_ids", ids)
-    words = _words(given, tokenizer) if getattr(given, "encodings", None) else None
+    knows_words = detailed and bool(getattr(given, "encodings", None))
+    words = _words(given, tokenizer) if knows_words else None
     return _made(tokenizer, of_real(ids), types=of_real(types), words=of_real(words))
 
 
@@ -165,18 +171,26 @@ def _undisturbed(tokenizer: Any) -> Iterator[None]:
 # --- ids ----------------------------------------------------------------------------------------------------
 
 
-def _table(given: Any, what: str) -> list[list[int]]:
+def _table(given: Any, what: str) -> list[Any]:
     """Rows of whole numbers; those of a list may be of unequal length."""
     if isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given):
-        parts = [_whole(row, what) for row in given]
-        if parts and all(part.dim() == 1 for part in parts):
-            return [part.tolist() for part in parts]
+        rows = [_row(row, what) for row in given]
+        if rows and all(row is not None for row in rows):
+            return rows
     table = _whole(given, what)
     if table.dim() != 2 or not table.numel():
         raise InputError(
             f"{what} have shape [batch, pos], got {list(table.shape)} {table.dtype}; none may be empty"
         )
     return table.tolist()
+
+
+def _row(given: Any, what: str) -> Sequence[int] | None:
+    """A row of whole numbers; None for what has more dimensions than that."""
+    if all(type(item) is int for item in given):
+        return given
+    made = _whole(given, what)
+    return made.tolist() if made.dim() == 1 else None
 
 
 def _whole(given: Any, what: str) -> Tensor:
@@ -191,7 +205,7 @@ def _whole(given: Any, what: str) -> Tensor:
     return made
 
 
-def _beside(given: Mapping[str, Any], name: str, ids: list[list[int]]) -> list[list[int]] | None:
+def _beside(given: Mapping[str, Any], name: str, ids: list[Any]) -> list[Any] | None:
     """What an input says of each token, in the shape of its ids."""
     if given.get(name) is None:
         return None

@@ -13,7 +13,7 @@ from ..bridge import TransformerBridge
 from ..hooks import HookPoint, InputError
 from .base_splitter import BaseSplitter
 from .batches import Activations
-from .granularity import Aggregation, Granularity
+from .granularity import Aggregation, Granularity, Groups
 
 
 class SplitterForGeneration(BaseSplitter):
@@ -88,7 +88,9 @@ class SplitterForGeneration(BaseSplitter):
             forward_kwargs: Further keywords of the model's forward.
         """
         samples = self.samples(inputs)
-        batch, *others = self.batches(samples, [[]] * len(samples), batch_size=len(samples))
+        batch, *others = self.batches(
+            samples, [Groups([], [])] * len(samples), batch_size=len(samples)
+        )
         if others:
             raise InputError(
                 f"{type(self.model).__name__} cannot be told what is padding: give texts of one length"

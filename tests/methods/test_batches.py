@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lensbridge import Aggregation, HookPoint, InputError
 from lensbridge.methods.batches import Batch, Rows, cut
+from lensbridge.methods.granularity import Groups
 from lensbridge.methods.samples import Sample
 
 SAMPLES = [
@@ -35,7 +36,8 @@ MADE = {
 def batch_of(
     groups: str = "tokens", how: Aggregation = Aggregation.MEAN, in_front: bool = False
 ) -> Batch:
-    return Batch([4, 0, 2], SAMPLES, GROUPS[groups], how, pad_id=7, in_front=in_front)
+    flat = [Groups([i for row in rows for i in row], [*map(len, rows)]) for rows in GROUPS[groups]]
+    return Batch([4, 0, 2], SAMPLES, flat, how, pad_id=7, in_front=in_front)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_padding_by_hand() -> None:
 def test_what_the_model_is_told() -> None:
     """A mask where there is padding, types where there are any, nothing of what says nothing."""
     assert set(batch_of().inputs()) == {"attention_mask", "token_type_ids"}
-    whole = Batch([0], SAMPLES[:1], [[]], Aggregation.MEAN, pad_id=0, in_front=False)
+    whole = Batch([0], SAMPLES[:1], [Groups([], [])], Aggregation.MEAN, pad_id=0, in_front=False)
     assert whole.inputs() == {}
 
 

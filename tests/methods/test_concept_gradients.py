@@ -54,7 +54,7 @@ class ByHand:
         self, dictionary: Dictionary, groups: list[list[int]], how: Aggregation = Aggregation.MEAN
     ) -> Tensor:
         """The concepts of each group of tokens, [row, concept]."""
-        return dictionary.encode(torch.cat([how.aggregate(self.states[0, g]) for g in groups]))
+        return dictionary.encode(torch.stack([how.aggregate(self.states[0, g]) for g in groups]))
 
     def outputs(
         self, concepts: Tensor, dictionary: Dictionary, groups: list[list[int]], how: Any

@@ -77,7 +77,7 @@ def bytes_tokenizer() -> Any:
 
 def pieces(sample: Sample, granularity: Granularity) -> list[str]:
     """The part of the text that each row stands for, up to the next one."""
-    groups = groups_of(sample, granularity, None)
+    groups = groups_of(sample, granularity, None).rows()
     starts = [sample.spans[group[0]][0] for group in groups]
     return [
         sample.text[start:end]
@@ -101,7 +101,7 @@ def test_words_and_sentences_by_hand(
         found = pieces(sample, granularity)
         assert "".join(found) == text
         assert [x.strip(" \n") or x.strip(" ") for x in found] == expected
-        tokens = [i for group in groups_of(sample, granularity, None) for i in group]
+        tokens = [i for group in groups_of(sample, granularity, None).rows() for i in group]
         assert tokens == list(range(len(sample.ids)))
 
 
@@ -129,31 +129,31 @@ def test_rows_with_special_tokens_around(letters: Any) -> None:
     }
     assert set(expected) == set(Granularity)
     for granularity, groups in expected.items():
-        assert groups_of(sample, granularity, 1) == groups, granularity
+        assert groups_of(sample, granularity, 1).rows() == groups, granularity
 
 
 def test_special_tokens_written_in_the_text(bytes_tokenizer: Any) -> None:
     """A special token inside the text is part of no word, and words on its two sides stay two."""
     (sample,) = samples_of(["The<|endoftext|>The"], bytes_tokenizer, None)
     assert sample.special == (False, True, False)
-    assert groups_of(sample, Granularity.TOKEN, None) == [[0], [2]]
-    assert groups_of(sample, Granularity.WORD, None) == [[0], [2]]
-    assert groups_of(sample, Granularity.SAMPLE, None) == [[0, 2]]
-    assert groups_of(sample, Granularity.ALL_TOKENS, None) == [[0], [1], [2]]
+    assert groups_of(sample, Granularity.TOKEN, None).rows() == [[0], [2]]
+    assert groups_of(sample, Granularity.WORD, None).rows() == [[0], [2]]
+    assert groups_of(sample, Granularity.SAMPLE, None).rows() == [[0, 2]]
+    assert groups_of(sample, Granularity.ALL_TOKENS, None).rows() == [[0], [1], [2]]
 
 
 def test_tokens_of_no_word() -> None:
     """A token that belongs to no word, such as one that was added to the vocabulary, is a row by itself."""
     words = (None, 0, 0, None, None, 1)
     sample = Sample((1, 9, 10, 11, 12, 13), (True, *[False] * 5), "ab+-c", words)
-    assert groups_of(sample, Granularity.WORD, 1) == [[1, 2], [3], [4], [5]]
+    assert groups_of(sample, Granularity.WORD, 1).rows() == [[1, 2], [3], [4], [5]]
 
 
 def test_a_text_of_special_tokens_has_no_rows(bytes_tokenizer: Any) -> None:
     """Where nothing is left there is no row, not one of nothing."""
     (sample,) = samples_of(["<|endoftext|>"], bytes_tokenizer, None)
     rest = [g for g in Granularity if g not in (Granularity.ALL_TOKENS, Granularity.CLS_TOKEN)]
-    assert [groups_of(sample, granularity, None) for granularity in rest] == [[]] * 4
+    assert [groups_of(sample, granularity, None).rows() for granularity in rest] == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_a_sample_lacks_is_said(letters: Any) -> None:
     for granularity in (Granularity.WORD, Granularity.SENTENCE):
         with pytest.raises(InputError, match="needs text"):
             groups_of(bare, granularity, 1)
-    assert groups_of(bare, Granularity.CLS_TOKEN, 1) == [[0]]
+    assert groups_of(bare, Granularity.CLS_TOKEN, 1).rows() == [[0]]
     for cls_id in (None, 7):
         with pytest.raises(InputError, match="begins with 1"):
             groups_of(bare, Granularity.CLS_TOKEN, cls_id)
@@ -195,15 +195,24 @@ def test_aggregation_by_hand() -> None:
     """Each way of making one row of three gives the values computed by hand."""
     assert set(MADE) == set(Aggregation)
     for how, expected in MADE.items():
-        torch.testing.assert_close(how.aggregate(ROWS), torch.tensor([expected]), atol=1e-7, rtol=0)
+        torch.testing.assert_close(how.aggregate(ROWS), torch.tensor(expected), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("how", Aggregation)
-@pytest.mark.parametrize("n", [1, 4])
-def test_unfold_is_the_inverse(how: Aggregation, n: int) -> None:
+def test_several_rows_at_once(how: Aggregation) -> None:
+    """Of two times three rows, one for each three."""
+    found = how.aggregate(torch.stack([ROWS, -ROWS]))
+    torch.testing.assert_close(found[0], torch.tensor(MADE[how]), atol=1e-7, rtol=0)
+    assert torch.equal(found[1], how.aggregate(-ROWS))
+
+
+@pytest.mark.parametrize("how", Aggregation)
+def test_unfold_is_the_inverse(how: Aggregation) -> None:
     """A row put back in n places makes the same row again; a sum is shared, anything else repeated."""
-    row = torch.tensor([[2.0, -3.0, 0.5]])
-    back = how.unfold(row, n)
-    assert back.shape == (n, 3)
-    assert torch.equal(how.aggregate(back), row)
-    assert torch.equal(back[-1:], row / n if how is Aggregation.SUM else row)
+    rows = torch.tensor([[2.0, -3.0, 0.5], [1.0, 8.0, -4.0]])
+    back = how.unfold(rows, torch.tensor([4, 1]))
+    assert back.shape == (5, 3)
+    assert torch.equal(how.aggregate(back[:4]), rows[0])
+    assert torch.equal(back[4], rows[1])
+    for row in back[:4]:
+        assert torch.equal(row, rows[0] / 4 if how is Aggregation.SUM else rows[0])

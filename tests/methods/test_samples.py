@@ -24,7 +24,7 @@ def bytes_tokenizer() -> Any:
 
 def words_of(sample: Sample) -> list[list[int]]:
     """The tokens of each word."""
-    return groups_of(sample, Granularity.WORD, None)
+    return groups_of(sample, Granularity.WORD, None).rows()
 
 
 # --- words --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lensbridge.methods import concept_gradients
 TEXTS = ["words", "ab", "some, not so long"]
 RAW = {"concepts_x_gradients": False, "normalization": False}
 CLOSE = 1e-5
-N_LOGITS = 3 * 17 * 160
+N_STATES = 3 * 17 * 64
 """Of TEXTS together, which are more than their concepts: a pass holds as many for each of its targets."""
 
 
@@ -140,9 +140,10 @@ class Passes:
         self.of: list[int] = []
         grad = torch.autograd.grad
 
-        def spy(outputs: Any, inputs: Any, rows: Any, **options: Any) -> Any:
-            self.of.append(len(rows))
-            return grad(outputs, inputs, rows, **options)
+        def spy(outputs: Any, inputs: Any, *rows: Any, **options: Any) -> Any:
+            # Without rows it is the pass through the head, of which there is one.
+            self.of += [len(x) if options["is_grads_batched"] else 1 for x in rows]
+            return grad(outputs, inputs, *rows, **options)
 
         monkeypatch.setattr(torch.autograd, "grad", spy)
 
@@ -159,7 +160,7 @@ def test_all_targets_take_one_pass_a_batch(
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize(("at_once", "expected"), [(1, [1] * 17), (N_LOGITS * 5 + 1, [5, 5, 5, 2])])
+@pytest.mark.parametrize(("at_once", "expected"), [(1, [1] * 17), (N_STATES * 5 + 1, [5, 5, 5, 2])])
 def test_targets_in_several_passes(
     of: Any,
     whole: list[Tensor],
@@ -169,7 +170,7 @@ def test_targets_in_several_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the targets' gradients do not fit together, they are computed in turn, and are the same."""
-    monkeypatch.setattr(concept_gradients, "_AT_ONCE", at_once)
+    monkeypatch.setattr(concept_gradients, "_AT_ONCE_ON_CPU", at_once)
     passes = Passes(monkeypatch)
     for gradient, every in zip(of(TEXTS), whole, strict=True):
         assert plain.gap(gradient, every) < CLOSE
@@ -177,19 +178,32 @@ def test_targets_in_several_passes(
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, [1] * 12), (2, [2] * 6), (7, [7, 5]), (12, [12])])
+@pytest.mark.parametrize(
+    ("said", "encode", "decode", "size"),
+    [
+        # few concepts: the states that go into the head are more
+        (0, lambda x: x[:, :1], lambda c: c.expand(-1, 64), 64),
+        # many concepts
+        (0, lambda x: x.repeat(1, 4), lambda c: c[:, :64], 256),
+        # the logits themselves, behind the head
+        ("lm_head", lambda x: x[:, :1], lambda c: c.expand(-1, 160), 160),
+    ],
+)
 def test_how_many_targets_fit_counts_what_there_is_most_of(
-    of: Any, n: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    bridge: Any,
+    n: int,
+    expected: list[int],
+    said: Any,
+    encode: Any,
+    decode: Any,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The backward pass of k targets holds k gradients of all logits, or of all concepts if they are more."""
-    few, many = ["abcdefabcdef"], lambda x: x.repeat(1, 4)
-    for encode, decode, most in (
-        (lambda x: x[:, :1], lambda c: c.expand(-1, 64), 12 * 160),
-        (many, lambda c: c[:, :64], 12 * 256),
-    ):
-        monkeypatch.setattr(concept_gradients, "_AT_ONCE", n * most)
-        passes = Passes(monkeypatch)
-        of(few, encode, decode)
-        assert passes.of == expected
+    """The backward pass of k targets holds k gradients of concepts, and of what it starts from."""
+    monkeypatch.setattr(concept_gradients, "_AT_ONCE_ON_CPU", n * 12 * size)
+    passes = Passes(monkeypatch)
+    SplitterForGeneration(bridge, said).concept_output_gradient("abcdefabcdef", encode, decode)
+    assert passes.of == expected
 
 
 def test_a_text_without_rows_beside_others(of: Any, whole: list[Tensor], plain: Any) -> None:
