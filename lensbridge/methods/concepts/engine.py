@@ -44,8 +44,15 @@ def engine() -> SimpleNamespace:
     return _mended(upstream, RelaxedArchetypalDictionary)
 
 
+def rectangle(distance: Tensor, bandwidth: Tensor) -> Tensor:
+    """Overcomplete's rectangle in fewer steps; it is the kernel unless another is asked for."""
+    return (distance.abs() <= bandwidth / 2).to(distance.dtype) / bandwidth
+
+
 def density(kernel: Any, name: str) -> Kernel:
     """One of overcomplete's kernels, integrating to one."""
+    if name == "rectangle":
+        return rectangle
     factor = _FACTORS.get(name, lambda width: 1.0)
 
     def normalised(distance: Tensor, bandwidth: Tensor) -> Tensor:
@@ -59,7 +66,8 @@ def _mended(upstream: Any, archetypal: Any) -> SimpleNamespace:
         """Atoms that only `project` rewrites, and no second copy that could be out of date."""
 
         def get_dictionary(self) -> Tensor:
-            return self._weights * torch.exp(self.multiplier)
+            is_learnt = isinstance(self.multiplier, nn.Parameter)
+            return self._weights * torch.exp(self.multiplier) if is_learnt else self._weights
 
         @torch.no_grad()
         def project(self) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...hooks import InputError
 from .jump import Kernel, heaviside, jump_relu
-from .sparse import Places, combine, pick
+from .sparse import Linear, Places, combine
 
 _SPARSE = 1 / 8
 """Up to this share of codes that matter, those alone are computed with; beyond it products are dense."""
@@ -235,10 +235,13 @@ class Autoencoder(nn.Module):
         if not self.is_linear:
             pre, codes, x_hat = self.dense(u)
             return self._pass(x_hat, codes, pre)
-        x, layer = self.centered(u), self.linear
+        layer = self.linear
         with torch.no_grad():
+            x = self.centered(u)
             made = F.linear(x, layer.weight, layer.bias)
-        mask = self._matters(made)
+            mask = self._matters(made)
+        center = self.b_dec if self.has_bias and self.centers else self.b_dec.detach()
+        all_codes = Linear(x, made, center, layer.weight, layer.bias)
         n_most = made.numel() * _SPARSE
         places = None
         if isinstance(mask, Places):
@@ -246,11 +249,11 @@ class Autoencoder(nn.Module):
         elif int(mask.count_nonzero()) <= n_most:
             places = Places.of_mask(mask)
         if places is None:
-            pre = F.linear(x, layer.weight, layer.bias)
+            pre = all_codes.whole()
             codes = self._activated(pre, None)
             x_hat = codes @ self.get_dictionary() + self.b_dec
             return self._pass(x_hat, codes, pre)
-        pre = pick(x, layer.weight, layer.bias, made, places)
+        pre = all_codes.at(places)
         codes = self._activated(pre, places.cols)
         x_hat = combine(codes, places, self.get_dictionary()) + self.b_dec
         return self._pass(x_hat, codes, pre, places)
