@@ -180,7 +180,8 @@ def tensor_grad_hook(
     if isinstance(target, nn.Module) or not (isinstance(target, Tensor) or callable(target)):
         raise InputError(
             f"the gradient of a tensor was asked for, got {type(target).__name__}: give the tensor, a "
-            "function that gives it, or a hook point's name; for what a module takes or makes, capture_gradients"
+            "function that gives it, or a hook point's name; of what a module takes or makes, use "
+            "capture_gradients"
         )
     tensor = target if isinstance(target, Tensor) else target()
     if not isinstance(tensor, Tensor):

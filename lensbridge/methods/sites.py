@@ -33,8 +33,8 @@ SITES: dict[str, str] = {
     "lm_head_input": "unembed.hook_in",
 }
 """Site -> hook point. ``attn_output`` and ``mlp_output`` are what is added to the stream, behind a norm that
-stands there and before a factor (Granite's residual multiplier). ``logits`` is the tenth site: of a layer, what
-the model's own end makes of its output."""
+stands there and before a factor (Granite's residual multiplier). ``logits`` is the tenth site: of a layer,
+what the model's own end makes of its output."""
 
 LOGITS = "logits"
 

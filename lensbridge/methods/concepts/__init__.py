@@ -1,1 +1,47 @@
-"""Concepts of activations: sparse autoencoders, trained, used and kept in files."""
+"""Concepts of activations: sparse autoencoders, trained, used, measured, looked at and kept in files."""
+
+from .base import NotFittedError, SAEExplainer
+from .dashboard import dashboard
+from .effects import logit_effects, top_tokens
+from .examples import ConceptExample, TopKInputs, label_concepts
+from .explainers import (
+    BatchTopKSAEConcepts,
+    JumpReLUSAEConcepts,
+    MpSAEConcepts,
+    OMPSAEConcepts,
+    QSAEConcepts,
+    RAJumpSAEConcepts,
+    RATopKSAEConcepts,
+    TopKSAEConcepts,
+    VanillaSAEConcepts,
+)
+from .formats import read_gemma_scope, read_saelens, write_saelens
+from .losses import SAELossClasses
+from .metrics import SAEMetrics, measure_sae, stability
+
+__all__ = [
+    "BatchTopKSAEConcepts",
+    "ConceptExample",
+    "JumpReLUSAEConcepts",
+    "MpSAEConcepts",
+    "NotFittedError",
+    "OMPSAEConcepts",
+    "QSAEConcepts",
+    "RAJumpSAEConcepts",
+    "RATopKSAEConcepts",
+    "SAEExplainer",
+    "SAELossClasses",
+    "SAEMetrics",
+    "TopKInputs",
+    "TopKSAEConcepts",
+    "VanillaSAEConcepts",
+    "dashboard",
+    "label_concepts",
+    "logit_effects",
+    "measure_sae",
+    "read_gemma_scope",
+    "read_saelens",
+    "stability",
+    "top_tokens",
+    "write_saelens",
+]
