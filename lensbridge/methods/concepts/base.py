@@ -94,7 +94,7 @@ class SAEExplainer:
                 raise InputError(
                     f"{type(self).__name__} cannot be made with {_given(options)}: {error}"
                 ) from error
-        return model.to(device)  # type: ignore[no-any-return]
+        return model.to(device)
 
     # --- what it is ----------------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ class SAEExplainer:
             raise InputError(
                 f"these are concepts at {self._place.name}, and the gradient was asked at {split_point!r}"
             )
-        return self.splitter.concept_output_gradient(  # type: ignore[no-any-return]
+        return self.splitter.concept_output_gradient(
             inputs,
             self.encode_activations,
             self.decode_concepts,

@@ -20,6 +20,17 @@ _MISSING = (
     "SAE concepts need overcomplete: pip install 'lensbridge[sae]' (overcomplete==0.3.0 with matplotlib<3.9, "
     "on python<3.13)"
 )
+KERNELS = [
+    "rectangle",
+    "gaussian",
+    "triangular",
+    "cosine",
+    "epanechnikov",
+    "quartic",
+    "silverman",
+    "cauchy",
+]
+"""Overcomplete's, for the thresholds of JumpReLU."""
 _FACTORS: dict[str, Any] = {
     "gaussian": lambda width: 2.0,
     "silverman": lambda width: 0.5,
@@ -37,11 +48,12 @@ def engine() -> SimpleNamespace:
     """
     try:
         import overcomplete.sae as upstream
+        from overcomplete.sae import kernels
         from overcomplete.sae.archetypal_dictionary import RelaxedArchetypalDictionary
     except (ImportError, AttributeError) as error:
         # With matplotlib 3.9 its import ends in an AttributeError.
         raise InputError(f"{_MISSING}; importing it ended with: {error}") from error
-    return _mended(upstream, RelaxedArchetypalDictionary)
+    return _mended(upstream, kernels, RelaxedArchetypalDictionary)
 
 
 def rectangle(distance: Tensor, bandwidth: Tensor) -> Tensor:
@@ -61,13 +73,17 @@ def density(kernel: Any, name: str) -> Kernel:
     return normalised
 
 
-def _mended(upstream: Any, archetypal: Any) -> SimpleNamespace:
+def _mended(upstream: Any, given: Any, archetypal: Any) -> SimpleNamespace:
     class Dictionary(upstream.DictionaryLayer):  # type: ignore[misc]
         """Atoms that only `project` rewrites, and no second copy that could be out of date."""
 
         def get_dictionary(self) -> Tensor:
             is_learnt = isinstance(self.multiplier, nn.Parameter)
             return self._weights * torch.exp(self.multiplier) if is_learnt else self._weights
+
+        @torch.no_grad()
+        def start_from(self, atoms: Tensor) -> None:
+            self._weights.copy_(atoms)
 
         @torch.no_grad()
         def project(self) -> None:
@@ -104,7 +120,7 @@ def _mended(upstream: Any, archetypal: Any) -> SimpleNamespace:
             return nn.Module.train(self, mode)
 
     both = {"dictionary_class": Dictionary, "archetypal_class": Archetypal}
-    kernels = {name: density(given, name) for name, given in upstream.JumpSAE._KERNELS.items()}
+    kernels = {name: density(getattr(given, f"{name}_kernel"), name) for name in KERNELS}
 
     def mended(mixin: type[models.Autoencoder], name: str) -> Any:
         return type(name, (mixin, getattr(upstream, name)), {**both, "kernels": kernels})

@@ -33,23 +33,21 @@ _WRITTEN_AS = {
     "JumpSAE": "jumprelu",
     "RAJumpSAE": "jumprelu",
 }
-_THEIR_NAMES = (
+_THEIR_NAMES = [
     "hook_resid_post",
     "hook_resid_pre",
     "hook_resid_mid",
     "hook_mlp_out",
     "hook_attn_out",
     "hook_z",
-)
-_THEIR_NAMES += (
     "hook_post",
+    "hook_pre",
     "hook_embed",
     "hook_normalized",
-    "hook_pre",
     "hook_q",
     "hook_k",
     "hook_v",
-)
+]
 
 
 def write_saelens(
@@ -244,7 +242,7 @@ def _made(
                 f"{list(shape)}"
             )
     place = place_for(path, splitter, split_point, hook, d)
-    options = {"top_k": k} if kind == "TopKSAE" else {}
+    options: dict[str, Any] = {"top_k": k} if kind == "TopKSAE" else {}
     made = KINDS[kind](place.source, nb_concepts=c, split_point=place.key, device=device, **options)
     model: Any = made.concept_model
     held = {name: x.float() for name, x in tensors.items()}

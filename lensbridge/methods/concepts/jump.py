@@ -59,9 +59,9 @@ def jump_relu(x: Tensor, threshold: Tensor, kernel: Kernel, bandwidth: Tensor) -
         kernel: Integrates to one.
         bandwidth: Of the kernel.
     """
-    return _Jump.apply(x, threshold.expand_as(x), kernel, bandwidth)  # type: ignore[no-untyped-call]
+    return _Jump.apply(x, threshold.expand_as(x), kernel, bandwidth)
 
 
 def heaviside(x: Tensor, threshold: Tensor, kernel: Kernel, bandwidth: Tensor) -> Tensor:
     """1 where ``x`` is above the threshold, else 0; only the threshold gets a gradient. See `jump_relu`."""
-    return _Step.apply(x, threshold.expand_as(x), kernel, bandwidth)  # type: ignore[no-untyped-call]
+    return _Step.apply(x, threshold.expand_as(x), kernel, bandwidth)

@@ -85,4 +85,4 @@ def criterion_of(given: Any) -> Criterion | None:
             "criterion is a class, a function of (x, x_hat, pre_codes, codes, dictionary) or one of "
             f"SAELossClasses; got {given!r}"
         )
-    return given.__call__ if isinstance(given, nn.Module) else given  # type: ignore[no-any-return]
+    return given.__call__ if isinstance(given, nn.Module) else given

@@ -93,11 +93,13 @@ class Autoencoder(nn.Module):
         module = encoder_module if self.learns_encoder else "identity"
         super().__init__(
             d, nb_concepts, encoder_module=module, dictionary_params=params, **upstream
-        )  # type: ignore[call-arg]
+        )
         self.dictionary = self._new_dictionary(d, params, upstream)
         if initial is not None:
-            with torch.no_grad():
-                self.dictionary._weights.copy_(torch.as_tensor(initial))
+            atoms = torch.as_tensor(initial)
+            if atoms.shape != (nb_concepts, d):
+                raise InputError(f"initializer is [{nb_concepts}, {d}], got {list(atoms.shape)}")
+            self.dictionary.start_from(atoms)
         self.dictionary.project()
         self.is_linear = self.learns_encoder and encoder_module in (None, "linear")
         self.has_bias, self.centers = bias, True
@@ -319,6 +321,8 @@ class Vanilla(Autoencoder):
 class TopK(Autoencoder):
     """The k largest of each row."""
 
+    top_k: int
+
     def __init__(
         self, d: int, nb_concepts: int, *, top_k: int | None = None, **common: Any
     ) -> None:
@@ -342,6 +346,8 @@ class BatchTopK(Autoencoder):
         threshold: The moving mean of the least codes that batches kept; part of the state.
     """
 
+    top_k: int
+    threshold_momentum: float
     threshold: Tensor
     n_seen: Tensor
 

@@ -33,7 +33,7 @@ class Place:
 
     def __init__(self, source: Source, split_point: int | str | None = None) -> None:
         self.source = source
-        points = self._points(source, split_point)
+        points = _points(source, split_point)
         if split_point is None and len(points) > 1:
             raise InputError(f"say which split_point: {', '.join(points)}")
         key = next(iter(points)) if split_point is None else str(split_point)
@@ -50,27 +50,13 @@ class Place:
         self.width = self._width()
 
     @staticmethod
-    def _points(source: Any, split_point: int | str | None) -> dict[str, str]:
-        if isinstance(source, SplitterForGeneration):
-            return {source.split_point: source.split_point}
-        if isinstance(source, ModelWithSplitPoints):
-            return source.split_points
-        if not isinstance(source, TransformerBridge):
-            raise TypeError(f"a splitter or a bridge is needed, got {type(source).__name__}")
-        if split_point is None:
-            raise InputError("of a bridge, say where: split_point= a layer or a hook point")
-        if isinstance(split_point, int):
-            split_point = _layer(source, split_point)
-        return {str(split_point): str(source.registry[split_point].name)}
-
-    @staticmethod
     def named(bridge: TransformerBridge, split_point: int | str | None) -> str:
         """The hook point that a bridge knows by some name.
 
         Raises:
             UnknownPointError, AbsentPointError, LayerRangeError: It knows none.
         """
-        return next(iter(Place._points(bridge, split_point).values()))
+        return next(iter(_points(bridge, split_point).values()))
 
     @property
     def bridge(self) -> TransformerBridge:
@@ -124,3 +110,17 @@ def _layer(bridge: TransformerBridge, layer: int) -> str:
     if isinstance(layer, bool) or not -n <= layer < n:
         raise LayerRangeError(f"layer {layer} is not one of this model's {n} (0 to {n - 1})")
     return f"{bridge.registry.layers}.{layer % n}.hook_out"
+
+
+def _points(source: Any, split_point: int | str | None) -> dict[str, str]:
+    if isinstance(source, SplitterForGeneration):
+        return {source.split_point: source.split_point}
+    if isinstance(source, ModelWithSplitPoints):
+        return source.split_points
+    if not isinstance(source, TransformerBridge):
+        raise TypeError(f"a splitter or a bridge is needed, got {type(source).__name__}")
+    if split_point is None:
+        raise InputError("of a bridge, say where: split_point= a layer or a hook point")
+    if isinstance(split_point, int):
+        split_point = _layer(source, split_point)
+    return {str(split_point): str(source.registry[split_point].name)}

@@ -21,6 +21,8 @@ class MatchingPursuit(Autoencoder):
     """k times the atom that has most of what is left over; there is no encoder beside the dictionary."""
 
     learns_encoder = False
+    k: int
+    dropout: float | None
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class OrthogonalPursuit(Autoencoder):
     """Overcomplete's, whose dropout ended for good with the first evaluation."""
 
     learns_encoder = False
+    dropout: float | None
 
     def __init__(
         self,
@@ -189,7 +192,7 @@ class ArchetypalTopK(Archetypal, TopK):
         use_multiplier: bool = True,
         **options: Any,
     ) -> None:
-        hull = {
+        hull: dict[str, Any] = {
             "points": points,
             "delta": number("delta", delta),
             "use_multiplier": use_multiplier,
@@ -210,7 +213,7 @@ class ArchetypalJump(Archetypal, Jump):
         use_multiplier: bool = True,
         **options: Any,
     ) -> None:
-        hull = {
+        hull: dict[str, Any] = {
             "points": points,
             "delta": number("delta", delta),
             "use_multiplier": use_multiplier,

@@ -136,8 +136,8 @@ class Linear:
 
     def whole(self) -> Float[Tensor, "row concept"]:
         """All of it."""
-        return _Whole.apply(self.center, self.weight, self.bias, self.x, self.made)  # type: ignore[no-untyped-call]
+        return _Whole.apply(self.center, self.weight, self.bias, self.x, self.made)
 
     def at(self, places: Places) -> Float[Tensor, " code"]:
         """Its entries at some places."""
-        return _Pick.apply(self.center, self.weight, self.bias, self.x, self.made, places)  # type: ignore[no-untyped-call]
+        return _Pick.apply(self.center, self.weight, self.bias, self.x, self.made, places)

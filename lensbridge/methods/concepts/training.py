@@ -342,4 +342,4 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
     device = next(model.parameters()).device.type
     if options.optimizer_class in kinds and not own and device in ("cpu", "cuda"):
         kwargs["fused"] = True
-    return options.optimizer_class(model.parameters(), **kwargs)  # type: ignore[no-any-return]
+    return options.optimizer_class(model.parameters(), **kwargs)

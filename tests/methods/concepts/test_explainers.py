@@ -180,6 +180,18 @@ def test_graphs_only_for_inputs_that_ask(new: Any, rows: Tensor) -> None:
     assert all(p.grad is None for p in explainer.concept_model.parameters())
 
 
+def test_first_atoms_of_the_callers(new: Any, rows: Tensor) -> None:
+    """Made unit, and encoded with; a learning rate of zero keeps them."""
+    atoms = rows[:24]
+    explainer = new("TopKSAE", dictionary_params={"initializer": atoms})
+    explainer.fit(rows, nb_epochs=1, lr=0.0)
+    unit = atoms / atoms.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(explainer.get_dictionary(), unit)
+    codes = (rows - rows.mean(0)) @ unit.T
+    best = explainer.encode_activations(rows).max(1).values
+    torch.testing.assert_close(best, codes.max(1).values, rtol=1e-4, atol=1e-4)
+
+
 # --- criteria -----------------------------------------------------------------------------------------------
 
 
@@ -266,7 +278,8 @@ class _Overflow(nn.Module):
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__()
-        self.bad, self.seen, self.is_half = bad, 0, []
+        self.bad, self.seen = bad, 0
+        self.is_half: list[bool] = []
 
     def forward(self, x: Tensor, x_hat: Tensor, *rest: Tensor) -> Tensor:
         half = torch.is_autocast_enabled("cpu")
@@ -403,6 +416,7 @@ def test_bad_options_of_a_fit(new: Any, rows: Tensor, options: Any) -> None:
         ("TopKSAE", {"top_k": 0}),
         ("TopKSAE", {"encoder_module": "no such"}),
         ("TopKSAE", {"dictionary_params": {"no_such": 1}}),
+        ("TopKSAE", {"dictionary_params": {"initializer": torch.ones(3, 3)}}),
         ("BatchTopKSAE", {"top_k": 25}),
         ("JumpSAE", {"kernel": "no such"}),
         ("JumpSAE", {"bandwidth": 0.0}),
