@@ -279,7 +279,10 @@ class Autoencoder(nn.Module):
             fired[places.cols[on]] = True
         cols = None if places is None else places.cols
         return Pass(
-            x_hat.float(), self._penalty(codes, pre, cols, len(x_hat)), fired, on.sum().float()
+            x_hat.float(),
+            self._penalty(codes, pre, cols, len(x_hat)),
+            fired,
+            on.count_nonzero().float(),
         )
 
     def _penalty(self, codes: Tensor, pre: Tensor, cols: Tensor | None, n: int) -> Tensor | None:

@@ -158,7 +158,7 @@ class Trainer:
             )
         on = codes.detach() > 0
         error = (u - x_hat.detach().float()).square().sum(dtype=torch.float64)
-        return loss.float().reshape(()), (on.any(0), on.sum().float(), error)
+        return loss.float().reshape(()), (on.any(0), on.count_nonzero().float(), error)
 
     def _update(self, loss: Tensor, *, scaled: bool) -> None:
         scaler, limit = self.scaler, self.options.clip_grad
