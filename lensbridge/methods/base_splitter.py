@@ -108,6 +108,11 @@ class BaseSplitter:
         bridge = self.bridge
         blocks = bridge.architecture.blocks
         if isinstance(split_point, int) and not isinstance(split_point, bool):
+            if not blocks:
+                raise LayerRangeError(
+                    f"layer {split_point}: the layers of {type(self.model).__name__} are not known as such; "
+                    "name a hook point or a module's path"
+                )
             if not -len(blocks) <= split_point < len(blocks):
                 raise LayerRangeError(
                     f"layer {split_point} is not one of this model's {len(blocks)} (0 to {len(blocks) - 1})"

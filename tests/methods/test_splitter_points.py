@@ -144,6 +144,15 @@ def test_places_that_are_not_there(
     assert splitter.split_point == "blocks.1.hook_out"
 
 
+def test_a_model_whose_layers_are_not_known(tiny: Any, tokenizer: Any) -> None:
+    """XLM keeps the parts of its layers in lists: numbers are refused, paths work."""
+    model = tiny("xlm", "masked")
+    with pytest.raises(LayerRangeError, match="layers of XLMWithLMHeadModel are not known"):
+        ModelWithSplitPoints(model, tokenizer, 0)
+    split = ModelWithSplitPoints(model, tokenizer, "transformer.ffns.0")
+    assert split.get_activations("abc")[0].shape == (3, 64)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("said", [None, 1.5, ["blocks.1.hook_out"]])
 def test_what_is_no_place(bridge: Any, said: Any) -> None:
