@@ -12,6 +12,7 @@
     ├── GradientError (RuntimeError)      a backward hook where no gradient can arrive
     ├── InputError (ValueError)           a bad prompt, token, mask or option
     ├── LayerRangeError (IndexError)      a layer this model does not have
+    ├── NotFittedError (RuntimeError)     something that must be trained first, and was not
     └── ArchitectureError (ValueError)    a model whose parts could not be told apart
 
 Each also derives from the builtin a caller would expect, so ``except KeyError`` around a lookup works.
@@ -66,3 +67,7 @@ class LayerRangeError(LensError, IndexError):
 
 class ArchitectureError(LensError, ValueError):
     """The model's parts could not be identified."""
+
+
+class NotFittedError(LensError, RuntimeError):
+    """Something that must be trained before it is used, and was not."""

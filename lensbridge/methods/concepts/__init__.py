@@ -1,6 +1,6 @@
 """Concepts of activations: sparse autoencoders, trained, used, measured, looked at and kept in files."""
 
-from .base import NotFittedError, SAEExplainer
+from .base import SAEExplainer
 from .dashboard import dashboard
 from .effects import logit_effects, top_tokens
 from .examples import ConceptExample, TopKInputs, label_concepts
@@ -24,7 +24,6 @@ __all__ = [
     "ConceptExample",
     "JumpReLUSAEConcepts",
     "MpSAEConcepts",
-    "NotFittedError",
     "OMPSAEConcepts",
     "QSAEConcepts",
     "RAJumpSAEConcepts",

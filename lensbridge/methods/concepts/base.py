@@ -13,7 +13,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from ...bridge import TransformerBridge
-from ...hooks import InputError, LensError
+from ...hooks import InputError, NotFittedError
 from ..granularity import Aggregation, Granularity
 from . import fitting
 from .engine import engine
@@ -24,10 +24,6 @@ from .training import Trainer, TrainingOptions, seeded
 
 _WINDOW = 1_000_000
 """A concept is dead that no row of an epoch had, or none of so many rows."""
-
-
-class NotFittedError(LensError, RuntimeError):
-    """Concepts were asked of an explainer that has not learnt any."""
 
 
 class SAEExplainer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import NotFittedError, SAEExplainer
+from ...hooks import NotFittedError
+from .base import SAEExplainer
 from .losses import DeadNeuronsReanimation, MSELoss, SAELossClasses
 
 __all__ = [

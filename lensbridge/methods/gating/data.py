@@ -48,7 +48,7 @@ class CHGBatch:
     attention_mask: Int[Tensor, "batch pos"]
     loss_mask: Bool[Tensor, "batch pos"]
     targets: Int[Tensor, "batch pos"]
-    foils: Int[Tensor, "batch *pos"] | None = None
+    foils: Int[Tensor, "batch ..."] | None = None
     labels: Int[Tensor, " batch"] | None = None
 
     def __len__(self) -> int:
