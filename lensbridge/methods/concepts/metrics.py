@@ -185,7 +185,7 @@ def _mean(
     """The mean activation of the tokens that count; layers behind it are not run."""
     total: list[Tensor] = []
     found = re.match(rf"{bridge.registry.layers}\.(\d+)\.", str(point.name))
-    stop = {} if found is None else {"stop_at_layer": int(found.group(1)) + 1}
+    stop: dict[str, Any] = {} if found is None else {"stop_at_layer": int(found.group(1)) + 1}
     for batch in batches:
 
         def add(value: Tensor, hook: HookPoint, batch: _Batch = batch) -> None:

@@ -78,7 +78,8 @@ def test_against_sums_by_hand(bridge: TransformerBridge, texts: list[str], width
     sae = Linear(width)
     found = measure_sae(bridge, sae, AT, texts, batch_size=3)
     special = set(bridge.tokenizer.all_special_ids)
-    xs, ces = [], {run: [] for run in ("clean", "spliced", "zero", "mean")}
+    xs: list[Tensor] = []
+    ces: dict[str, list[Tensor]] = {run: [] for run in ("clean", "spliced", "zero", "mean")}
     kls: dict[str, list[Tensor]] = {run: [] for run in ("spliced", "zero", "mean")}
     rows: list[Tensor] = [bridge.to_tokens(text)[0] for text in texts]
     counts = [torch.tensor([int(i) not in special for i in row]) for row in rows]
