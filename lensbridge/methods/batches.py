@@ -101,7 +101,7 @@ class Batch:
             named = "" if axes[:1] == ["..."] else f" ({', '.join(axes)})"
             raise InputError(
                 f"split point {str(hook.name).removeprefix('raw:')!r} shows {list(shown.shape)}{named} of "
-                f"{rows} texts of {width} tokens, not [batch, pos, d]: it has no row for each token"
+                f"{rows} x {width} tokens, not [batch, pos, d]: it has no row for each token"
             )
         # One row for all texts: positions, mostly.
         return shown.flatten(2).expand(rows, -1, -1)

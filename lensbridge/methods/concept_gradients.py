@@ -236,7 +236,7 @@ def _outputs(
     if logits.shape[:2] != batch.ids.shape:
         raise InputError(
             f"the model's logits have shape {list(logits.shape)}, neither [batch, class] nor [batch, pos, "
-            f"d_vocab] for {len(batch.ids)} texts of {batch.ids.shape[1]} tokens"
+            f"d_vocab] for {len(batch.ids)} x {batch.ids.shape[1]} tokens"
         )
     lengths = batch.mask.sum(1).tolist()
     which = [

@@ -157,7 +157,7 @@ def test_rows_come_in_any_order(flatten: bool) -> None:
 def test_what_shows_no_row_a_token(shape: tuple[int, ...], axes: str) -> None:
     """Refused, whether its axes or its sizes say so, with the place, its shape and what was run."""
     point = HookPoint("raw:some.place", axes=axes)
-    with pytest.raises(InputError, match=r"'some.place' shows \[.*3 texts of 4 tokens"):
+    with pytest.raises(InputError, match=r"'some.place' shows \[.*3 x 4 tokens"):
         batch_of().states(torch.zeros(shape), point)
 
 

@@ -505,5 +505,5 @@ def test_logits_that_are_no_positions(tiny: Any, tokenizer: Any) -> None:
     model = tiny("gpt2", tie_word_embeddings=False)
     model.lm_head = Ahead(64, 160)
     split = ModelWithSplitPoints(model, tokenizer, 0)
-    with pytest.raises(InputError, match=r"logits have shape \[1, 2, 160\].* 1 texts of 3 tokens"):
+    with pytest.raises(InputError, match=r"logits have shape \[1, 2, 160\].* 1 x 3 tokens"):
         split.concept_output_gradient("abc", torch.clone, torch.clone)
