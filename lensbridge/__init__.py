@@ -99,12 +99,14 @@ if TYPE_CHECKING:
         measure_sae,
         read_gemma_scope,
         read_saelens,
+        scores_under,
         select_final_token,
         tensor_grad_hook,
         write_saelens,
     )
 
 _HOME = {
+    "scores_under": "methods",
     "BatchTopKSAEConcepts": "methods",
     "ConceptExample": "methods",
     "JumpReLUSAEConcepts": "methods",
@@ -278,6 +280,7 @@ __all__ = [
     "measure_sae",
     "read_gemma_scope",
     "read_saelens",
+    "scores_under",
     "select_final_token",
     "tensor_grad_hook",
     "write_saelens",

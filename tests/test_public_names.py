@@ -97,6 +97,7 @@ PUBLIC = [
     "measure_sae",
     "read_gemma_scope",
     "read_saelens",
+    "scores_under",
     "select_final_token",
     "tensor_grad_hook",
     "write_saelens",

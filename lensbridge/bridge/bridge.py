@@ -377,7 +377,8 @@ class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
             self._check_residual(input)
             if stop is not None and stop < start:
                 raise InputError(f"stop_at_layer={stop} comes before start_at_layer={start}")
-        value = input if start is None else input.detach()
+        # A copy: some models scale what they embed in place.
+        value = input if start is None else input.detach().clone()
         if start is not None and is_encoder_decoder(self._inner):
             self._enter_decoder(value, hf_kwargs)
             value = None

@@ -48,6 +48,7 @@ from .gating import (
     ablation_curve,
     check_circuit,
     gate_attribution,
+    scores_under,
 )
 from .gradients import (
     autograd_node_hook,
@@ -140,6 +141,7 @@ __all__ = [
     "measure_sae",
     "read_gemma_scope",
     "read_saelens",
+    "scores_under",
     "select_final_token",
     "tensor_grad_hook",
     "write_saelens",

@@ -245,7 +245,7 @@ def aggregate_to_sentences(
         raise InputError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
     check_spans(spans, len(values))
     how = Aggregation(aggregation)
-    return torch.cat([how.aggregate(values[start:end, None])[0] for start, end in spans])
+    return torch.cat([how.aggregate(values[start:end, None]) for start, end in spans])
 
 
 def check_spans(spans: Sequence[tuple[int, int]], length: int) -> None:

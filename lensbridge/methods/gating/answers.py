@@ -66,12 +66,6 @@ class Runner:
         model: Any = bridge.original_model
         can_generate: Callable[[], bool] = getattr(model, "can_generate", bool)
         self.is_causal = bool(can_generate())
-        if bridge.architecture.main.prefix == "decoder_":
-            raise InputError(
-                f"{type(model).__name__} has an encoder and a decoder: a row of tokens is not enough to "
-                "run it; "
-                "gate its heads in your own loop, with `with chg.gated(masks):`"
-            )
         # Whether the model can be cut there: found out once, against an uncut run.
         self._ends: bool | None = None
         self._enters: bool | None = False if first == 0 else None
@@ -80,6 +74,12 @@ class Runner:
 
     def kwargs(self, given: dict[str, Any]) -> dict[str, Any]:
         """Keywords of a run; position ids follow padding in front."""
+        if self.bridge.architecture.main.prefix == "decoder_":
+            raise InputError(
+                f"{type(self.bridge.original_model).__name__} has an encoder and a decoder: a row of "
+                "tokens is "
+                "not enough to run it; run it yourself inside `with chg.gated(masks):`"
+            )
         ids, mask = given["input_ids"], given["attention_mask"]
         device = self.bridge.device
         # Most batches of a task are of one length, and a run without a mask is the faster one.

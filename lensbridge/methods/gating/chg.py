@@ -41,7 +41,7 @@ class CHG:
         adapter: Any = None,
         *,
         target: Target = HEADS,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[int] | int | None = None,
         ablation: CHGDataset | dict[str, Tensor] | None = None,
     ) -> None:
         """Choose what to gate.

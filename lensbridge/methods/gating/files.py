@@ -20,7 +20,12 @@ def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     held = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    beside.touch()
+    mode = (
+        beside.stat().st_mode
+    )  # as files are made here; safetensors would make one for its owner alone
     save_file(held, beside, metadata={KEY: json.dumps(facts)})
+    beside.chmod(mode)
     beside.replace(path)
 
 

@@ -66,7 +66,7 @@ class Fitting:
         dataset: CHGDataset,
         *,
         target: Target = HEADS,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[int] | int | None = None,
         ablation: str | dict[str, Tensor] = ZERO,
         objective: Objective | None = None,
         save_path: str | Path | None = None,

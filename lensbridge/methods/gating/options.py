@@ -90,7 +90,7 @@ def options_of(knobs: dict[str, Any]) -> FitOptions:
     known = [field.name for field in fields(FitOptions)]
     for name in knobs:
         if name not in known:
-            near = get_close_matches(name, known, 3, 0.5)
+            near = get_close_matches(name, known, 1, 0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"fitting has no knob {name!r}{hint} (knobs: {', '.join(known)})")
     return replace(FitOptions(), **knobs)

@@ -228,14 +228,15 @@ class CHGResults:
             )
         kept = (ran.circuits - ran.empty) / (ran.full - ran.empty)
         sizes = (self.gates(NEGATIVE) > threshold).flatten(1).sum(1)
-        indices = range(self.num_masks) if mask_idx is None else [mask_idx]
+        self.facilitation(mask_idx)  # refuses a mask that is not there
+        indices = range(self.num_masks) if mask_idx is None else [mask_idx % self.num_masks]
         good = [i for i in indices if float(kept[i]) >= 1 - tolerance]
         if not good:
             best = max(indices, key=lambda i: float(kept[i]))
             raise InputError(
                 f"no circuit is sufficient: the best (mask {best}, {int(sizes[best])} heads) keeps "
-                f"{float(kept[best]):.0%} of what the heads are worth, and tolerance={tolerance} asks for "
-                f"{1 - tolerance:.0%}"
+                f"{float(kept[best]):.1%} of what the heads are worth, and tolerance={tolerance} asks for "
+                f"{1 - tolerance:.1%}"
             )
         chosen = min(good, key=lambda i: (int(sizes[i]), -float(kept[i])))
         return self._heads(self.gates(NEGATIVE)[chosen] > threshold)
@@ -357,9 +358,9 @@ class CHGResults:
             "num_masks": self.num_masks,
             "total_heads": total,
             "num_necessary": necessary,
-            "pct_necessary": necessary / total,
+            "pct_necessary": 100 * necessary / total,
             "circuit_size": int(circuit.sum()),
-            "pct_circuit": float(circuit.mean()),
+            "pct_circuit": 100 * float(circuit.mean()),
             "taxonomy_counts": {label: labels.count(label) for label in LABELS},
         }
         ran = self.evaluation

@@ -73,7 +73,7 @@ Target = str | Sequence[Any]
 
 
 def sites_of(
-    bridge: TransformerBridge, target: Target, layers: Iterable[int] | None
+    bridge: TransformerBridge, target: Target, layers: Iterable[int] | int | None
 ) -> list[GateSite]:
     """The sites of a target, in order of their layers.
 
@@ -107,12 +107,14 @@ def sites_of(
     return sorted(sites, key=lambda site: site.layer)
 
 
-def _named(bridge: TransformerBridge, target: str, layers: Iterable[int] | None) -> list[GateSite]:
+def _named(
+    bridge: TransformerBridge, target: str, layers: Iterable[int] | int | None
+) -> list[GateSite]:
     blocks = bridge.architecture.blocks
     if layers is None:
         wanted = list(range(len(blocks)))
     else:
-        given = list(layers)
+        given = [layers] if isinstance(layers, int) else list(layers)
         outside = [i for i in given if not -len(blocks) <= i < len(blocks)]
         if outside or not given:
             raise InputError(

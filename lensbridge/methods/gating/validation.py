@@ -77,7 +77,7 @@ class CircuitCheck:
 def scores_under(
     chg: CHG,
     dataset: CHGDataset,
-    masks: Float[Tensor, "mask layer head"],
+    masks: Tensor,
     objective: Objective | None = None,
     *,
     max_rows: int | None = None,
@@ -87,7 +87,7 @@ def scores_under(
     Args:
         chg: The gated model.
         dataset: Rows.
-        masks: Gates.
+        masks: Gates, [mask, layer, head], or one mask, [layer, head].
         objective: None for the log-probability of the targets, in nats a token.
         max_rows: Only the first so many.
     Returns:

@@ -104,7 +104,7 @@ def test_sufficient_is_what_ran() -> None:
     assert found.sufficient_heads(tolerance=0.03) == [(3, 0), (3, 1)]
     assert found.sufficient_heads(mask_idx=1) == [(3, 0)]
     assert found.get_facilitating_mask().tolist() == [[1.0, 1.0]]
-    with pytest.raises(InputError, match=r"mask 3, 1 heads\) keeps 0%"):
+    with pytest.raises(InputError, match=r"mask 3, 1 heads\) keeps 0\.0%"):
         found.sufficient_heads(mask_idx=3)
     summary = found.summary()
     assert summary["circuit_keeps"] == pytest.approx(1 - 0.1 / 4)

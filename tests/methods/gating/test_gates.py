@@ -360,5 +360,12 @@ def test_the_model_is_as_it_was(tiny: Callable[..., nn.Module], snapshot: Any) -
 
 def test_encoder_decoders_are_refused(tiny: Callable[..., nn.Module]) -> None:
     """A row of tokens does not run one; the message says what does."""
+    chg = CHG(tiny("t5", "seq2seq"))
+    ids = torch.tensor([[5, 6]])
     with pytest.raises(InputError, match=r"chg\.gated"):
-        CHG(tiny("t5", "seq2seq"))
+        chg(ids)
+    with chg.gated(torch.ones(chg.mask_shape)) as bridge:
+        assert torch.equal(
+            bridge(ids, decoder_input_ids=ids),
+            bridge.original_model(input_ids=ids, decoder_input_ids=ids).logits,
+        )
