@@ -129,7 +129,7 @@ class BaseSplitter:
             return str(bridge.registry[split_point].name)
         except UnknownPointError:
             raw = f"raw:{split_point}.hook_out"
-            if split_point not in dict(bridge.original_model.named_modules()):
+            if split_point not in dict(bridge.unwrapped_model.named_modules()):
                 raise
             return str(bridge.registry[raw].name)
 
@@ -260,7 +260,7 @@ class BaseSplitter:
             if len(found) == len(points) and not to_end:
                 raise _Enough(name)
 
-        logits = None
+        logits, last = None, None
         with ExitStack() as listening, torch.no_grad():
             for point in points.values():
                 listening.enter_context(point.listening(keep))
@@ -271,11 +271,12 @@ class BaseSplitter:
                     **{**self.options(batch), **(forward_kwargs or {})},
                 )
             except _Enough as enough:
-                # Of hooks that others have set, those behind here owe nothing; where a module comes in a
-                # run, only its names say.
                 last = points[enough.args[0]]
-                first = next(iter(self.bridge.registry.values()))
-                self.bridge.registry.note_run(last if last.name in self.bridge.registry else first)
+        if last is not None:
+            # Of hooks that others have set, those behind here owe nothing. Where a place comes in a run is
+            # known of canonical names alone.
+            registry = self.bridge.registry
+            registry.note_run(last if last.name in registry else next(iter(registry.values())))
         missing = [name for name in points if name not in found]
         if missing:
             raise HookNotFiredError(

@@ -309,6 +309,38 @@ def test_from_a_model_or_a_bridge(bridge: Any, tokenizer: Any) -> None:
     assert torch.equal(of_model.get_activations(TEXTS)[0], of_bridge.get_activations(TEXTS)[0])
 
 
+def test_from_a_compiled_model(tiny: Any, tokenizer: Any) -> None:
+    """Paths are those of the model itself; rows are the same, and it is said once that hooks run eagerly."""
+    model, path = tiny("gpt2"), "transformer.h.1.mlp"
+    expected, _ = SplitterForGeneration(model, path, tokenizer=tokenizer).get_activations(TEXTS)
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="compiled"):
+        found, _ = SplitterForGeneration(compiled, path, tokenizer=tokenizer).get_activations(TEXTS)
+    assert torch.equal(found, expected)
+
+
+def test_from_a_model_on_disk(tmp_path: Any, plain: Any) -> None:
+    """A checkpoint whose layers are partly on disk: each run, cut short inside one, leaves it there."""
+    on_disk = {f"transformer.h.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}
+    parts = dict.fromkeys(("wte", "wpe", "drop", "ln_f"), "cpu")
+    where = {**{f"transformer.{name}": on for name, on in parts.items()}, **on_disk}
+    splitter = SplitterForGeneration(
+        str(demo.path()),
+        "transformer.h.2.attn",
+        device_map={**where, "lm_head": "cpu"},
+        offload_folder=str(tmp_path),
+    )
+    expected, _ = SplitterForGeneration(demo.path(), "transformer.h.2.attn").get_activations(
+        "A dog"
+    )
+    for _ in range(2):
+        assert plain.gap(splitter.get_activations("A dog")[0], expected) < 1e-6
+        devices = {
+            p.device.type for p in splitter.model.get_submodule("transformer.h.2").parameters()
+        }
+        assert devices == {"meta"}
+
+
 def test_a_bridge_that_is_given_stays_as_it_is(
     bridge: Any, tokenizer: Any, new_tokenizer: Any
 ) -> None:
