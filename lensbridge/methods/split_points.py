@@ -23,7 +23,7 @@ class ModelWithSplitPoints(BaseSplitter):
         model_or_repo_id: A repo id or folder, a loaded model, or a bridge.
         tokenizer: The tokenizer; a checkpoint and a bridge bring their own.
         split_points: Layer indices, hook points, or paths of modules; one, or a list.
-        automodel: The transformers class to load a checkpoint with.
+        automodel: The transformers class to load a checkpoint with; unless given, the one it was saved from.
         config: The configuration to load it with.
         batch_size: How many texts run together.
         device_map: Where to put the model.
@@ -54,6 +54,8 @@ class ModelWithSplitPoints(BaseSplitter):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
+        if automodel is None and isinstance(model_or_repo_id, (str, os.PathLike)):
+            automodel = _saved_from(config or model_or_repo_id, kwargs)
         super().__init__(
             model_or_repo_id,
             split_points,
@@ -108,7 +110,7 @@ class ModelWithSplitPoints(BaseSplitter):
         if include_predicted_classes and not self._classifies:
             raise InputError(
                 f"{type(self.model).__name__} predicts no class of a text: include_predicted_classes is for "
-                "sequence classifiers (loaded by name with automodel=AutoModelForSequenceClassification)"
+                "sequence classifiers"
             )
         acts, predicted = self._collect(
             inputs,
@@ -126,3 +128,17 @@ class ModelWithSplitPoints(BaseSplitter):
     def get_latent_shape(self) -> dict[str, torch.Size]:
         """The shape of what each split point shows for a short text, [1, pos, d]."""
         return self._latent_shape()
+
+
+def _saved_from(source: Any, options: Mapping[str, Any]) -> Any:
+    """The transformers class a checkpoint was saved from; None where it does not say, or has code of its own.
+
+    Without it a classifier would be loaded as the language model of its kind, with a head made up.
+    """
+    import transformers
+
+    if isinstance(source, (str, os.PathLike)):
+        hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        source = transformers.AutoConfig.from_pretrained(source, **hub)
+    names = getattr(source, "architectures", None) or ()
+    return next((kind for name in names if (kind := getattr(transformers, name, None))), None)

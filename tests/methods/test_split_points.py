@@ -405,6 +405,24 @@ def test_predictions_of_a_classifier(split_of: Any, model: Any, letters: Any) ->
     assert each.shape == (len(flat),)
 
 
+def test_a_classifier_from_a_folder(model: Any, letters: Any, split_of: Any, tmp_path: Any) -> None:
+    """It is loaded as what it was saved from, and predicts what it did; another class can be asked for."""
+    from transformers import BertForMaskedLM
+
+    model.save_pretrained(tmp_path)
+    letters("[CLS] $A [SEP]").save_pretrained(tmp_path)
+    expected = split_of().get_activations(TEXTS, include_predicted_classes=True)
+    for config in (None, model.config):
+        split = ModelWithSplitPoints(tmp_path, split_points=1, config=config)
+        assert type(split.model) is type(model)
+        found = split.get_activations(TEXTS, include_predicted_classes=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # Only layers are loaded of what is no such model; transformers says which heads are made up.
+    other = ModelWithSplitPoints(tmp_path, split_points=1, automodel=BertForMaskedLM)
+    assert type(other.model) is BertForMaskedLM
+    assert torch.equal(other.get_activations(TEXTS)[0], split_of().get_activations(TEXTS)[0])
+
+
 def test_only_classifiers_predict_classes(tiny: Any, tokenizer: Any) -> None:
     """A language model's likeliest tokens are no classes of a text."""
     split = ModelWithSplitPoints(tiny("gpt2"), tokenizer, 1)
