@@ -369,3 +369,36 @@ def test_encoder_decoders_are_refused(tiny: Callable[..., nn.Module]) -> None:
             bridge(ids, decoder_input_ids=ids),
             bridge.original_model(input_ids=ids, decoder_input_ids=ids).logits,
         )
+
+
+def test_concepts_of_a_spliced_coder(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
+    """Gates on the concepts of a sparse autoencoder that stands in the model."""
+    bridge = TransformerBridge(tiny("gpt2"))
+    width = int(bridge.cfg.d_model or 0)
+    into = torch.randn(width, 12, generator=torch.Generator().manual_seed(0)) / width**0.5
+
+    class Coder:
+        d_in = width
+
+        def encode(self, x: Tensor) -> Tensor:
+            return (x @ into).relu()
+
+        def decode(self, acts: Tensor) -> Tensor:
+            return acts @ into.T
+
+    at = "blocks.0.hook_out"
+    gates = torch.rand(1, 12)
+    loss = torch.zeros_like(ids, dtype=torch.bool)
+    loss[:, -1] = True
+    with bridge.splice(Coder(), at):
+        chg = CHG(bridge, target=[GateSite(f"{at}.sae.hook_acts", 0, 12, axis=-1)])
+        found = chg.get_logp(gates, ids, loss)
+
+    def by_hand(x: Tensor, hook: Any) -> Tensor:
+        acts = (x @ into).relu()
+        return x + (acts * gates[0] - acts) @ into.T
+
+    with bridge.hooks([(at, by_hand)]):
+        expected = logp_by_hand(bridge(ids), ids, loss)
+    assert torch.allclose(found, expected, atol=CLOSE)
+    assert not torch.allclose(found, CHG(bridge).get_logp(None, ids, loss), atol=1e-3)
