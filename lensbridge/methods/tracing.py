@@ -168,7 +168,7 @@ class TransformerTracer:
                         raise InputError(
                             f"no logits to trace: {error}, or leave {LOGITS!r} out of sites="
                         ) from error
-                    logits, lensed = None, []
+                    logits, ends = None, []
                     wanted = [site for site in wanted if site != LOGITS]
             found: dict[str, dict[int | None, Tensor]] = {site: {} for site in wanted}
             for place in places:
