@@ -284,7 +284,7 @@ def test_an_error_on_a_tensor_leaves_no_hook() -> None:
 def test_a_module_is_no_tensor() -> None:
     """It is refused, and the message says what to use for it."""
     with (
-        pytest.raises(InputError, match="got Linear.*capture_gradients"),
+        pytest.raises(InputError, match=r"got Linear.*capture_gradients"),
         tensor_grad_hook(torch.nn.Linear(1, 1)),
     ):
         pass
