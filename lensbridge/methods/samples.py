@@ -70,7 +70,7 @@ def samples_of(
     limit = min((x for x in limits if x is not None and 0 < x < _NO_LIMIT), default=None)
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
     is_fast = bool(getattr(tokenizer, "is_fast", False))
-    with _undisturbed(tokenizer):
+    with untouched(tokenizer):
         encoded = tokenizer(list(texts), return_offsets_mapping=is_fast and detailed, **cut)
     return _made(
         tokenizer,
@@ -154,7 +154,7 @@ def _made(
 
 
 @contextmanager
-def _undisturbed(tokenizer: Any) -> Iterator[None]:
+def untouched(tokenizer: Any) -> Iterator[None]:
     """Leave a fast tokenizer's settings: a call writes how it cuts and pads into what would be saved."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..bridge import TransformerBridge
 from ..hooks import InputError
 from .granularity import Aggregation
+from .samples import untouched
 
 Place = tuple[int, int]
 """From which character to before which."""
@@ -121,23 +121,6 @@ class Reader:
             Reading(list(own), [(int(a), int(b)) for a, b in at])
             for own, at in zip(ids, places, strict=True)
         ]
-
-
-@contextmanager
-def untouched(tokenizer: Any) -> Iterator[None]:
-    """Put back what calling a fast tokenizer resets: its backend's own truncation and padding."""
-    if not getattr(tokenizer, "is_fast", False):
-        yield
-        return
-    backend = tokenizer.backend_tokenizer
-    truncation, padding = backend.truncation, backend.padding
-    try:
-        yield
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
 
 
 # --- sentences --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks import InputError
-from ..gating.files import read, write
+from ..files import read, write
 from ..splitters import SplitterForGeneration
 from .base import SAEExplainer
 from .explainers import KINDS

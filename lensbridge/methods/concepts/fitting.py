@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...hooks import InputError
-from ..gating.files import read, write
+from ..files import read, write
 from .figures import Spread
 from .models import Autoencoder
 from .training import Trainer, seeded

@@ -154,6 +154,23 @@ class Archetypal(Autoencoder):
 
     archetypal_class: Any
 
+    def __init__(
+        self,
+        d: int,
+        nb_concepts: int,
+        *,
+        points: Float[Tensor, "point d_in"],
+        delta: float | int = 1.0,
+        use_multiplier: bool = True,
+        **options: Any,
+    ) -> None:
+        hull: dict[str, Any] = {
+            "points": points,
+            "delta": number("delta", delta),
+            "use_multiplier": use_multiplier,
+        }
+        super().__init__(d, nb_concepts, **hull, **options)
+
     def _new_dictionary(self, d: int, params: dict[str, Any], upstream: dict[str, Any]) -> Any:
         if params:
             raise InputError("an archetypal dictionary takes points=, delta= and use_multiplier=")
@@ -182,40 +199,6 @@ class Archetypal(Autoencoder):
 class ArchetypalTopK(Archetypal, TopK):
     """`TopK` with archetypal atoms."""
 
-    def __init__(
-        self,
-        d: int,
-        nb_concepts: int,
-        *,
-        points: Float[Tensor, "point d_in"],
-        delta: float | int = 1.0,
-        use_multiplier: bool = True,
-        **options: Any,
-    ) -> None:
-        hull: dict[str, Any] = {
-            "points": points,
-            "delta": number("delta", delta),
-            "use_multiplier": use_multiplier,
-        }
-        super().__init__(d, nb_concepts, **hull, **options)
-
 
 class ArchetypalJump(Archetypal, Jump):
     """`Jump` with archetypal atoms."""
-
-    def __init__(
-        self,
-        d: int,
-        nb_concepts: int,
-        *,
-        points: Float[Tensor, "point d_in"],
-        delta: float | int = 1.0,
-        use_multiplier: bool = True,
-        **options: Any,
-    ) -> None:
-        hull: dict[str, Any] = {
-            "points": points,
-            "delta": number("delta", delta),
-            "use_multiplier": use_multiplier,
-        }
-        super().__init__(d, nb_concepts, **hull, **options)

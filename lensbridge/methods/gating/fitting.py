@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...hooks import InputError
+from ..files import read, write
 from .chg import CHG
-from .files import read, write
 from .options import FitOptions
 from .tasks import Task
 

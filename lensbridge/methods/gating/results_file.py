@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...hooks import InputError
-from .files import read, write
+from ..files import read, write
 from .fitting import NEGATIVE, NONE, POSITIVE
 from .validation import Evaluation
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...hooks import InputError
+from ..hooks import InputError
 
 KEY = "lensbridge"
 
