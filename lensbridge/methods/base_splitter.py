@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,23 +11,18 @@ from torch import Tensor, nn
 
 from ..bridge import TransformerBridge
 from ..hooks import (
-    HookNotFiredError,
     HookPoint,
     InputError,
-    LayerRangeError,
     UnknownPointError,
 )
 from .batches import Activations, Batch, Rows, cut
 from .concept_gradients import ConceptGradients
 from .granularity import Aggregation, Granularity, Groups, groups_of
+from .reading import no_cache, pad_id_of, point_at, read_points, takes_mask
 from .samples import Sample, samples_given, samples_of
 
 _PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways of placing a model over devices that are made while it is loaded."""
-
-
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a run that has shown all it was run for
-    pass
 
 
 class BaseSplitter:
@@ -105,33 +98,7 @@ class BaseSplitter:
 
     def _point(self, split_point: Any) -> str:
         """The hook point behind a split point."""
-        bridge = self.bridge
-        blocks = bridge.architecture.blocks
-        if isinstance(split_point, int) and not isinstance(split_point, bool):
-            if not blocks:
-                raise LayerRangeError(
-                    f"layer {split_point}: the layers of {type(self.model).__name__} are not known as such; "
-                    "name a hook point or a module's path"
-                )
-            if not -len(blocks) <= split_point < len(blocks):
-                raise LayerRangeError(
-                    f"layer {split_point} is not one of this model's {len(blocks)} (0 to {len(blocks) - 1})"
-                )
-            return f"{bridge.registry.layers}.{split_point % len(blocks)}.hook_out"
-        if not isinstance(split_point, str):
-            raise InputError(
-                f"a split point is a layer, a hook point or a module's path, got {split_point!r}"
-            )
-        paths = {block.path: index for index, block in enumerate(blocks)}
-        if split_point in paths:
-            return f"{bridge.registry.layers}.{paths[split_point]}.hook_out"
-        try:
-            return str(bridge.registry[split_point].name)
-        except UnknownPointError:
-            raw = f"raw:{split_point}.hook_out"
-            if split_point not in dict(bridge.unwrapped_model.named_modules()):
-                raise
-            return str(bridge.registry[raw].name)
+        return str(point_at(split_point, self.bridge).name)
 
     # --- input -----------------------------------------------------------------------------------
 
@@ -193,7 +160,7 @@ class BaseSplitter:
             InputError: A batch size below 1.
         """
         size = _positive(self.batch_size if batch_size is None else batch_size)
-        chunks: Any = cut(samples, size, pads=_takes_mask(self.bridge.unwrapped_model))
+        chunks: Any = cut(samples, size, pads=takes_mask(self.bridge.unwrapped_model))
         if tqdm_bar:
             from tqdm import tqdm
 
@@ -212,12 +179,7 @@ class BaseSplitter:
     @property
     def _pad_id(self) -> int:
         """What to fill up with: models that look for a text's end go by the token in their configuration."""
-        config: Any = getattr(self.model, "config", None)
-        d_vocab = self.bridge.cfg.d_vocab
-        # Llama's says -1, and tokenizers get tokens that no embedding was made for.
-        known = range(2**31 if d_vocab is None else d_vocab)
-        pads = (getattr(config, "pad_token_id", None), self.tokenizer.pad_token_id, 0)
-        return next(pad for pad in pads if pad is not None and pad in known)
+        return pad_id_of(self.bridge, self.tokenizer)
 
     @property
     def _classifies(self) -> bool:
@@ -226,9 +188,7 @@ class BaseSplitter:
 
     def options(self, batch: Batch) -> dict[str, Any]:
         """Keywords of the model's forward for a batch: what it is told beside the ids."""
-        keeps = bool(getattr(getattr(self.model, "config", None), "use_cache", False))
-        # Keys and values of a text that nobody goes on with.
-        return {**batch.inputs(), **({"use_cache": False} if keeps else {})}
+        return {**batch.inputs(), **no_cache(self.bridge)}
 
     # --- activations -----------------------------------------------------------------------------
 
@@ -250,38 +210,18 @@ class BaseSplitter:
         Returns:
             What was taken, by split point, and the logits or None.
         """
-        points = {name: self.bridge.registry[name] for name in self._points.values()}
-        found: dict[str, Tensor] = {}
-
-        def keep(shown: Tensor, hook: HookPoint) -> None:
-            name = str(hook.name)
-            if name not in found:
-                found[name] = take(shown.detach(), hook)
-            if len(found) == len(points) and not to_end:
-                raise _Enough(name)
-
-        logits, last = None, None
-        with ExitStack() as listening, torch.no_grad():
-            for point in points.values():
-                listening.enter_context(point.listening(keep))
-            try:
-                logits = self.bridge(
-                    batch.ids,
-                    return_type="logits" if to_end else None,
-                    **{**self.options(batch), **(forward_kwargs or {})},
-                )
-            except _Enough as enough:
-                last = points[enough.args[0]]
-        if last is not None:
-            # Of hooks that others have set, those behind here owe nothing. Where a place comes in a run is
-            # known of canonical names alone.
-            registry = self.bridge.registry
-            registry.note_run(last if last.name in registry else next(iter(registry.values())))
-        missing = [name for name in points if name not in found]
-        if missing:
-            raise HookNotFiredError(
-                f"the model ran to its end without passing {', '.join(missing)}: there is nothing to show"
-            )
+        points = [self.bridge.registry[name] for name in self._points.values()]
+        found, logits = read_points(
+            self.bridge,
+            points,
+            take,
+            lambda: self.bridge(
+                batch.ids,
+                return_type="logits" if to_end else None,
+                **{**self.options(batch), **(forward_kwargs or {})},
+            ),
+            to_end=to_end,
+        )
         return {key: found[name] for key, name in self._points.items()}, logits
 
     def _collect(
@@ -420,9 +360,3 @@ def _positive(batch_size: Any) -> int:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InputError(f"batch_size is at least 1, got {batch_size!r}")
     return batch_size
-
-
-def _takes_mask(model: nn.Module) -> bool:
-    """Whether a model can be told what is padding; wrappers that hand on all they get say nothing of ids."""
-    taken = inspect.signature(type(model).forward).parameters
-    return "attention_mask" in taken or "input_ids" not in taken
