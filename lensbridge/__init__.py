@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         SAELossClasses,
         SAEMetrics,
         SplitterForGeneration,
+        Streaming,
         TargetTokens,
         TokenScores,
         TopKInputs,
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
         check_circuit,
         dashboard,
         direct_logit_attribution,
+        fit_together,
         gate_attribution,
         gather_token_scores,
         get_adapter,
@@ -106,6 +108,8 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "Streaming": "methods",
+    "fit_together": "methods",
     "scores_under": "methods",
     "BatchTopKSAEConcepts": "methods",
     "ConceptExample": "methods",
@@ -243,6 +247,7 @@ __all__ = [
     "SelectionError",
     "SplitterForGeneration",
     "Step",
+    "Streaming",
     "TargetTokens",
     "TokenScores",
     "TopKInputs",
@@ -267,6 +272,7 @@ __all__ = [
     "check_circuit",
     "dashboard",
     "direct_logit_attribution",
+    "fit_together",
     "gate_attribution",
     "gather_token_scores",
     "get_adapter",

@@ -16,8 +16,10 @@ from .explainers import (
     VanillaSAEConcepts,
 )
 from .formats import read_gemma_scope, read_saelens, write_saelens
+from .learning import fit_together
 from .losses import SAELossClasses
 from .metrics import SAEMetrics, measure_sae, stability
+from .streaming import Streaming
 
 __all__ = [
     "BatchTopKSAEConcepts",
@@ -31,10 +33,12 @@ __all__ = [
     "SAEExplainer",
     "SAELossClasses",
     "SAEMetrics",
+    "Streaming",
     "TopKInputs",
     "TopKSAEConcepts",
     "VanillaSAEConcepts",
     "dashboard",
+    "fit_together",
     "label_concepts",
     "logit_effects",
     "measure_sae",

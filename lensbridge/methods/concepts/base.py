@@ -17,16 +17,13 @@ from ...hooks import InputError, NotFittedError
 from ..granularity import Aggregation, Granularity
 from . import fitting
 from .engine import engine
-from .losses import criterion_of
+from .learning import Learning
 from .models import Autoencoder
 from .place import Place, Source
-from .training import Trainer, TrainingOptions, seeded
-
-_WINDOW = 1_000_000
-"""A concept is dead that no row of an epoch had, or none of so many rows."""
+from .training import seeded
 
 
-class SAEExplainer:
+class SAEExplainer(Learning):
     """A sparse autoencoder of the activations at one place of a model.
 
     A row of activations is rebuilt as ``codes @ get_dictionary() + b_dec``: few codes, none below zero,
@@ -73,7 +70,7 @@ class SAEExplainer:
             "encoder_module": encoder_module,
             "dictionary_params": None if dictionary_params is None else dict(dictionary_params),
         }
-        self._place = Place(splitter, split_point)
+        self.place = Place(splitter, split_point)
         self._fitted = False
         self._model = self._new(0, torch.device(device))
 
@@ -85,7 +82,7 @@ class SAEExplainer:
         made = getattr(engine(), self.kind)
         with seeded(seed, torch.device("cpu")):
             try:
-                model = made(self._place.width, self.nb_concepts, **options)
+                model = made(self.place.width, self.nb_concepts, **options)
             except (TypeError, AssertionError) as error:
                 raise InputError(
                     f"{type(self).__name__} cannot be made with {_given(options)}: {error}"
@@ -102,22 +99,22 @@ class SAEExplainer:
     @property
     def splitter(self) -> Any:
         """The splitter that was given, or one made for the bridge."""
-        return self._place.splitter
+        return self.place.splitter
 
     @property
     def bridge(self) -> TransformerBridge:
         """The model."""
-        return self._place.bridge
+        return self.place.bridge
 
     @property
     def split_point(self) -> str:
         """The hook point whose activations are explained."""
-        return self._place.name
+        return self.place.name
 
     @property
     def d(self) -> int:
         """Width of the activations."""
-        return self._place.width
+        return self.place.width
 
     @property
     def is_fitted(self) -> bool:
@@ -133,123 +130,6 @@ class SAEExplainer:
         """Move the autoencoder."""
         self._model.to(device)
         return self
-
-    # --- fitting -------------------------------------------------------------------------------------
-
-    def fit(
-        self,
-        activations: Any,
-        *,
-        use_amp: bool | torch.dtype = False,
-        batch_size: int = 1024,
-        criterion: Any = None,
-        optimizer_class: Any = torch.optim.Adam,
-        optimizer_kwargs: Mapping[str, Any] | None = None,
-        scheduler_class: Any = None,
-        scheduler_kwargs: Mapping[str, Any] | None = None,
-        lr: float = 1e-3,
-        nb_epochs: int = 20,
-        clip_grad: float | None = None,
-        monitoring: int | None = None,
-        device: torch.device | str | None = None,
-        max_nan_fallbacks: int = 5,
-        overwrite: bool = False,
-        seed: int = 0,
-        dead_window: int | None = None,
-        progress: bool = False,
-        checkpoint: str | Path | None = None,
-        resume: bool = False,
-    ) -> dict[str, list[Any]]:
-        """Learn the concepts of activations.
-
-        The same seed gives the same concepts on the same machine; the caller's random state is left alone.
-
-        Args:
-            activations: Floats [n, d], or a list of such.
-            use_amp: Compute in half precision: bfloat16 where the device has it, or the dtype given. A batch
-                whose loss is not finite is done again in full precision.
-            batch_size: Rows a step.
-            criterion: What is lowered, of (x, x_hat, pre_codes, codes, dictionary): a class, an instance, a
-                function, or one of `SAELossClasses`. It sees inputs scaled so that their distances from the
-                mean are sqrt(d) on average (not without ``bias``). None is the kind's own loss: the squared
-                error, its penalty for codes that are not sparse, and a loss that revives dead concepts.
-            optimizer_class: An optimizer of torch's.
-            optimizer_kwargs: For it; ``lr`` there goes before ``lr`` here.
-            scheduler_class: A learning rate scheduler, stepped after each batch.
-            scheduler_kwargs: For it.
-            lr: Learning rate.
-            nb_epochs: How often the rows are gone through.
-            clip_grad: The most that the gradient's norm may be.
-            monitoring: 1 also keeps learning rate and loss of each step, 2 norms of parameters and gradients.
-            device: Where to train, and stay; where it is unless given.
-            max_nan_fallbacks: After so many of them the rest of the epoch is in full precision.
-            overwrite: Start anew, if it has been fitted.
-            seed: Of the first weights and of the order of rows.
-            dead_window: A concept is dead that none of so many rows had; the rows of an epoch, at most a
-                million, unless given.
-            progress: Show a bar with the figures so far.
-            checkpoint: A file to keep the state in, after each epoch.
-            resume: Go on from it where it exists; the result is bit for bit that of an uninterrupted fit.
-        Returns:
-            For each epoch, over its batches: ``loss``, ``l0`` (codes a row), ``explained_variance``, and
-            ``dead`` (the share of concepts not seen within the window at its end). With ``use_amp``,
-            ``nan_fallbacks``.
-        Raises:
-            InputError: It has been fitted; activations of another width, empty, or with NaN; an option out of
-                range; a loss that is not finite; a checkpoint of another fit. Nothing has changed then.
-        """
-        if self._fitted and not overwrite:
-            raise InputError(
-                f"this {type(self).__name__} has been fitted: overwrite=True starts anew, and forgets it"
-            )
-        rows = fitting.rows_of(activations, self.d)
-        where = self.device if device is None else torch.device(device)
-        schedule = fitting.Schedule(
-            fitting.whole("batch_size", batch_size),
-            fitting.whole("nb_epochs", nb_epochs),
-            fitting.whole("seed", seed, 0),
-            progress,
-            fitting.as_path(checkpoint),
-            resume,
-        )
-        if resume and schedule.checkpoint is None:
-            raise InputError("resume=True goes on from a checkpoint: say where it is, checkpoint=")
-        options = TrainingOptions(
-            optimizer_class,
-            optimizer_kwargs,
-            scheduler_class,
-            scheduler_kwargs,
-            lr,
-            clip_grad,
-            use_amp,
-            fitting.whole("max_nan_fallbacks", max_nan_fallbacks, 0),
-            monitoring,
-            criterion_of(criterion),
-        )
-        if dead_window is None:
-            dead_window = min(len(rows), _WINDOW)
-        with torch.inference_mode(False):
-            model = self._new(seed, where)
-            trainer = Trainer(
-                model,
-                options,
-                n_steps=-(-len(rows) // batch_size) * nb_epochs,
-                dead_window=fitting.whole("dead_window", dead_window),
-            )
-            identity = {
-                "kind": self.kind,
-                "concepts": self.nb_concepts,
-                "width": self.d,
-                "options": fitting.described(self.options),
-                "training": fitting.described(vars(options)),
-                "batch_size": batch_size,
-                "seed": seed,
-                "dead_window": dead_window,
-            }
-            history = fitting.fit_rows(trainer, rows, schedule, identity)
-            self._model = fitting.finished(model)
-        self._fitted = True
-        return history
 
     # --- use -----------------------------------------------------------------------------------------
 
@@ -343,14 +223,14 @@ class SAEExplainer:
         self._check_fitted()
         if split_point is not None and Place.named(self.bridge, split_point) != self.split_point:
             raise InputError(
-                f"these are concepts at {self._place.name}, and the gradient was asked at {split_point!r}"
+                f"these are concepts at {self.place.name}, and the gradient was asked at {split_point!r}"
             )
         return self.splitter.concept_output_gradient(
             inputs,
             self.encode_activations,
             self.decode_concepts,
             targets=targets,
-            split_point=self._place.among,
+            split_point=self.place.among,
             activation_granularity=activation_granularity,
             aggregation_strategy=aggregation_strategy,
             concepts_x_gradients=concepts_x_gradients,

@@ -1,6 +1,6 @@
 """The one place that overcomplete is imported at, when it is first needed; its classes, mended.
 
-What is mended is in `models`; overcomplete is T. Fel's (Kempner Institute), MIT.
+What is mended is in `models` and `variants`; overcomplete is T. Fel's (Kempner Institute), MIT.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks import InputError
-from . import models, pursuit
+from . import pursuit, variants
 from .jump import Kernel
+from .models import Autoencoder
 
 _MISSING = (
     "SAE concepts need overcomplete: pip install 'lensbridge[sae]' (overcomplete==0.3.0 with matplotlib<3.9, "
@@ -122,14 +123,14 @@ def _mended(upstream: Any, given: Any, archetypal: Any) -> SimpleNamespace:
     both = {"dictionary_class": Dictionary, "archetypal_class": Archetypal}
     kernels = {name: density(getattr(given, f"{name}_kernel"), name) for name in KERNELS}
 
-    def mended(mixin: type[models.Autoencoder], name: str) -> Any:
+    def mended(mixin: type[Autoencoder], name: str) -> Any:
         return type(name, (mixin, getattr(upstream, name)), {**both, "kernels": kernels})
 
     return SimpleNamespace(
-        SAE=mended(models.Vanilla, "SAE"),
-        TopKSAE=mended(models.TopK, "TopKSAE"),
-        BatchTopKSAE=mended(models.BatchTopK, "BatchTopKSAE"),
-        JumpSAE=mended(models.Jump, "JumpSAE"),
+        SAE=mended(variants.Vanilla, "SAE"),
+        TopKSAE=mended(variants.TopK, "TopKSAE"),
+        BatchTopKSAE=mended(variants.BatchTopK, "BatchTopKSAE"),
+        JumpSAE=mended(variants.Jump, "JumpSAE"),
         MpSAE=mended(pursuit.MatchingPursuit, "MpSAE"),
         OMPSAE=mended(pursuit.OrthogonalPursuit, "OMPSAE"),
         QSAE=mended(pursuit.Quantized, "QSAE"),

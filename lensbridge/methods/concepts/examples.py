@@ -196,13 +196,6 @@ def splitter_of(explainer: Any) -> ModelWithSplitPoints:
     )
 
 
-def density(
-    codes: Float[Tensor, "row concept"],
-) -> Float[Tensor, " concept"]:
-    """The share of rows on which each concept is active."""
-    return (codes != 0).float().mean(0)
-
-
 def _piece(sample: Sample, tokens: list[int], number: int, tokenizer: Any) -> ConceptExample:
     first, last = tokens[0], tokens[-1]
     if sample.text is None or sample.spans is None:

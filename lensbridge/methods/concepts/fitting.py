@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ class Schedule:
     progress: bool
     checkpoint: Path | None
     resume: bool
+
+    @property
+    def resumes(self) -> Path | None:
+        """The checkpoint to go on from; None where there is none, or it is not wanted."""
+        path = self.checkpoint
+        return path if self.resume and path is not None and path.is_file() else None
 
 
 def rows_of(activations: Any, width: int) -> Float[Tensor, "row d"]:
@@ -89,7 +96,7 @@ def fit_rows(
     rows: Float[Tensor, "row d"],
     schedule: Schedule,
     identity: dict[str, Any],
-) -> dict[str, list[Any]]:
+) -> None:
     """Train on rows, in an order drawn anew for each epoch.
 
     Args:
@@ -97,69 +104,129 @@ def fit_rows(
         rows: Activations; they stay where they are, and batches go where the model is.
         schedule: How often, and what is written on the way.
         identity: What a checkpoint must agree with.
-    Returns:
-        The history.
     Raises:
         InputError: A checkpoint of another fit, or a loss that is not finite.
     """
-    model = trainer.model
     mean, scale, spread = spread_of(rows)
-    trainer.begin(mean.to(model.device), scale.to(model.device), spread)
+    trainer.begin(mean, scale, spread)
     order = torch.Generator().manual_seed(schedule.seed)
     identity = {**identity, "rows": len(rows), "sum": float(mean.double().sum())}
-    path = schedule.checkpoint
-    with torch.inference_mode(False), torch.enable_grad(), seeded(schedule.seed, model.device):
-        if schedule.resume and path is not None and path.is_file():
-            _resume(trainer, order, path, identity)
+    with training(schedule.seed, trainer.model.device):
+        if schedule.resumes is not None:
+            tensors, facts = opened(schedule.resumes, identity)
+            resume([trainer], order, tensors, facts)
         steps = math.ceil(len(rows) / schedule.batch_size)
-        with _Bar(schedule, trainer, steps) as bar:
+        with Bar(schedule, [trainer], steps) as bar:
             while trainer.epoch < schedule.nb_epochs:
                 drawn = torch.randperm(len(rows), generator=order).to(rows.device)
                 for picked in drawn.split(schedule.batch_size):
                     trainer.train(rows.index_select(0, picked))
                     bar.step()
-                bar.show(trainer.end_epoch())
-                if path is not None:
-                    _keep(trainer, order, path, identity)
-    return trainer.history
+                trainer.end_epoch()
+                bar.show()
+                if schedule.checkpoint is not None:
+                    keep([trainer], order, schedule.checkpoint, identity)
 
 
-def _keep(trainer: Trainer, order: torch.Generator, path: Path, identity: dict[str, Any]) -> None:
-    tensors, facts = trainer.state()
-    tensors["order"] = order.get_state()
-    tensors["random"] = torch.get_rng_state()
-    if trainer.model.device.type == "cuda":
-        tensors["random_cuda"] = torch.cuda.get_rng_state(trainer.model.device)
-    write(path, tensors, {"kind": KIND, "identity": identity, **facts})
+@contextmanager
+def training(seed: int, device: torch.device) -> Iterator[None]:
+    """Gradients, and random numbers from a seed."""
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
+        yield
 
 
-def _resume(trainer: Trainer, order: torch.Generator, path: Path, identity: dict[str, Any]) -> None:
+# --- checkpoints ----------------------------------------------------------------------------------------
+
+
+def keep(
+    trainers: Sequence[Trainer],
+    order: torch.Generator,
+    path: Path,
+    identity: dict[str, Any],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    **facts: Any,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        trainers: What is being trained.
+        order: Where the order of rows is drawn from.
+        path: Where to.
+        identity: What a fit that goes on must agree with.
+        tensors: What else there is to keep.
+        **facts: Likewise.
+    """
+    held = dict(tensors or {})
+    states = []
+    for index, trainer in enumerate(trainers):
+        own, state = trainer.state()
+        held.update({f"{index}/{name}": x for name, x in own.items()})
+        states.append(state)
+    held["order"], held["random"] = order.get_state(), torch.get_rng_state()
+    device = trainers[0].model.device
+    if device.type == "cuda":
+        held["random_cuda"] = torch.cuda.get_rng_state(device)
+    write(path, held, {"kind": KIND, "identity": identity, "trainers": states, **facts})
+
+
+def opened(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: It is of another fit.
+    """
     tensors, facts = read(path, KIND)
     for key, own in identity.items():
         if facts["identity"].get(key) != own:
             raise InputError(
                 f"{path} holds another fit: its {key} is {facts['identity'].get(key)}, and here it is {own}"
             )
-    trainer.load_state(tensors, facts)
+    return tensors, facts
+
+
+def resume(
+    trainers: Sequence[Trainer],
+    order: torch.Generator,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    """Go on from a checkpoint that was `opened`."""
+    for index, (trainer, state) in enumerate(zip(trainers, facts["trainers"], strict=True)):
+        start = f"{index}/"
+        own = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
+        trainer.load_state(own, state)
     order.set_state(tensors["order"])
     torch.set_rng_state(tensors["random"])
     if "random_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random_cuda"], trainer.model.device)
+        torch.cuda.set_rng_state(tensors["random_cuda"], trainers[0].model.device)
 
 
-class _Bar:
-    """A progress bar with the figures so far, or nothing."""
+# --- what is shown --------------------------------------------------------------------------------------
 
-    def __init__(self, schedule: Schedule, trainer: Trainer, steps: int) -> None:
-        self.trainer = trainer
+
+class Bar:
+    """A progress bar with the figures so far, or nothing.
+
+    Args:
+        schedule: Whether to show it, and how many epochs there are.
+        trainers: Whose figures.
+        steps: How many batches an epoch has.
+        done: How many of them are behind us.
+    """
+
+    def __init__(
+        self, schedule: Schedule, trainers: Sequence[Trainer], steps: int, done: int = 0
+    ) -> None:
+        self.trainers = trainers
         self.bar: Any = None
         if schedule.progress:
             from tqdm import tqdm
 
-            left = schedule.nb_epochs - trainer.epoch
-            self.bar = tqdm(total=steps * left, desc="Training", unit="batch")
+            left = (schedule.nb_epochs - trainers[0].epoch) * steps - done
+            self.bar = tqdm(total=left, desc="Training", unit="batch")
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -167,14 +234,23 @@ class _Bar:
             self.bar.close()
 
     def step(self) -> None:
+        """A batch is done."""
         # The bar says when it is drawn anew; figures, which wait for the device, are made only then.
         if self.bar is not None and self.bar.update():
-            self.show(self.trainer.figures())
+            self.show()
 
-    def show(self, figures: dict[str, float]) -> None:
-        if self.bar is not None:
-            said = {name: f"{value:.3g}" for name, value in figures.items()}
-            self.bar.set_postfix(epoch=self.trainer.epoch, **said)
+    def show(self) -> None:
+        """Write the figures of this epoch, or of the one that has just ended."""
+        if self.bar is None:
+            return
+        said: dict[str, str] = {}
+        for index, trainer in enumerate(self.trainers):
+            figures = trainer.figures()
+            if not trainer.n_rows:
+                figures = {name: trainer.history[name][-1] for name in figures}
+            start = f"{index}:" if len(self.trainers) > 1 else ""
+            said.update({start + name: f"{value:.3g}" for name, value in figures.items()})
+        self.bar.set_postfix(epoch=self.trainers[0].epoch, **said)
 
 
 def finished(model: Autoencoder) -> Autoencoder:
@@ -183,11 +259,6 @@ def finished(model: Autoencoder) -> Autoencoder:
     model.eval().requires_grad_(False)
     model.zero_grad(set_to_none=True)
     return model
-
-
-def as_path(path: str | Path | None) -> Path | None:
-    """A path, if there is one."""
-    return None if path is None else Path(path)
 
 
 def whole(name: str, given: Any, least: int = 1) -> int:

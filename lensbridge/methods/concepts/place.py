@@ -64,6 +64,11 @@ class Place:
         return self.source if isinstance(self.source, TransformerBridge) else self.source.bridge
 
     @property
+    def tokenizer(self) -> Any:
+        """What texts are read with."""
+        return self.source.tokenizer
+
+    @property
     def splitter(self) -> SplitterForGeneration | ModelWithSplitPoints:
         """The splitter that was given, or one made for the bridge.
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...hooks import InputError
-from .models import Autoencoder, Jump, Pass, TopK, count, number
+from .models import Autoencoder, Pass
 from .sparse import Places, combine
+from .variants import Jump, TopK, count, number
 
 _GRAM_MOST = 8192
 """The atoms' products with each other are kept up to this number of concepts."""

@@ -80,7 +80,7 @@ class Trainer:
             scale: What makes their distance from it sqrt(d) on average.
             spread: The mean of its square.
         """
-        self.model.begin(mean, scale)
+        self.model.begin(mean.to(self.model.device), scale.to(self.model.device))
         self.spread = spread
 
     def _reset(self) -> None:
@@ -89,7 +89,7 @@ class Trainer:
             name: torch.zeros((), dtype=torch.float64, device=device)
             for name in ("loss", "l0", "error")
         }
-        self.n_rows = self.n_batches = self.n_fallbacks = 0
+        self.n_rows = self.n_fallbacks = 0
         self.notes: dict[str, list[Tensor | float]] = {}
 
     # --- a batch -------------------------------------------------------------------------------------
@@ -123,7 +123,6 @@ class Trainer:
         self.sums["l0"] += l0
         self.sums["error"] += error
         self.n_rows += len(u)
-        self.n_batches += 1
         self.step += 1
 
     def _loss(self, u: Tensor, uses_amp: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -236,13 +235,14 @@ class Trainer:
     # --- state ---------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and small facts to go on from, between two epochs.
+        """Tensors and small facts to go on from, between two batches.
 
         Raises:
             InputError: An optimizer or a scheduler with a state that neither can hold.
         """
         tensors = {f"model/{name}": x for name, x in self.model.state_dict().items()}
         tensors["idle"], tensors["dead"] = self.idle, self.dead
+        tensors.update({f"sums/{name}": x for name, x in self.sums.items()})
         kept = self.optimizer.state_dict()
         plain: dict[str, dict[str, Any]] = {}
         for index, own in kept["state"].items():
@@ -255,6 +255,8 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
+            "counts": [self.n_rows, self.n_fallbacks],
+            "notes": {name: [float(x) for x in values] for name, values in self.notes.items()},
             "spread": self.spread,
             "optimizer": {"state": plain, "param_groups": kept["param_groups"]},
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -289,6 +291,9 @@ class Trainer:
             self.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.step, self.spread = facts["epoch"], facts["step"], facts["spread"]
         self.history = {name: list(values) for name, values in facts["history"].items()}
+        self.sums = {name: tensors[f"sums/{name}"].to(device) for name in self.sums}
+        self.n_rows, self.n_fallbacks = facts["counts"]
+        self.notes = {name: list(values) for name, values in facts["notes"].items()}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from lensbridge.demo import tasks
 from lensbridge.methods.concepts.examples import (
     TEXTS_AT_ONCE,
     TopKInputs,
-    density,
     label_concepts,
 )
 
@@ -125,12 +124,6 @@ def test_labels(explainer: Explainer, texts: list[str]) -> None:
     )
     strongest = TopKInputs(explainer, k=1).examples(0, texts)[0][0]
     assert names == {0: strongest.text.strip(), 5: None}
-
-
-def test_density() -> None:
-    """Share of rows with any activation, of either sign."""
-    codes = torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 3.0]])
-    assert density(codes).tolist() == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
