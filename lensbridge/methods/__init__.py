@@ -62,7 +62,16 @@ from .gradients import (
 from .granularity import Aggregation, Granularity
 from .interventions import InterventionSpec, apply_interventions
 from .lens import LensAPI
-from .measured import ValueAndGradient
+from .measured import (
+    ValueAndGradient,
+    logit_difference,
+)
+from .patch_grid import (
+    PatchGrid,
+)
+from .patching import (
+    activation_patch,
+)
 from .scoring import (
     TokenScores,
     apply_temperature,
@@ -106,6 +115,7 @@ __all__ = [
     "ModelAdapter",
     "ModelWithSplitPoints",
     "MpSAEConcepts",
+    "PatchGrid",
     "SAEExplainer",
     "SAELossClasses",
     "SAEMetrics",
@@ -120,6 +130,7 @@ __all__ = [
     "ValueAndGradient",
     "VanillaSAEConcepts",
     "ablation_curve",
+    "activation_patch",
     "aggregate_to_sentences",
     "apply_interventions",
     "apply_temperature",
@@ -139,6 +150,7 @@ __all__ = [
     "input_x_gradient",
     "integrated_gradients",
     "label_concepts",
+    "logit_difference",
     "logit_effects",
     "logits_to_log_probs",
     "logits_to_probs",

@@ -17,7 +17,35 @@ from .scoring import select_final_token
 
 Metric = Any
 """What is attributed: a function of the logits [batch, pos, d_vocab] that gives one number ([]) or one a row
-([batch]); or token ids, one for all rows or one a row: their logits at each row's last real position."""
+([batch]); token ids, one for all rows or one a row: their logits at each row's last real position; or
+`logit_difference`."""
+
+
+@dataclass(frozen=True)
+class LogitLead:
+    """A metric: at each row's last real position, the logit of one token less that of another.
+
+    Attributes:
+        correct, incorrect: Token ids, or strings that are one token each; one for all rows, or one a row.
+    """
+
+    correct: Any
+    incorrect: Any
+
+
+def logit_difference(correct: Any, incorrect: Any) -> LogitLead:
+    """How far one answer leads another at each row's end: ``logit_difference(" Mary", " John")``.
+
+    The end is the last real position.
+
+    Args:
+        correct: A token id, a string that is one token, or a list of one a row.
+        incorrect: Likewise.
+    Returns:
+        A metric for whatever takes one: activation, path and attribution patching, gradients.
+    Source: Wang et al. 2022, "Interpretability in the Wild".
+    """
+    return LogitLead(correct, incorrect)
 
 
 class ValueAndGradient(NamedTuple):
@@ -89,10 +117,15 @@ class MeasuredRun:
 
     def measured(self, logits: Tensor) -> Tensor:
         """The metric of the logits of the rows, [] or [batch]."""
-        if not callable(self.metric):
+        if isinstance(self.metric, LogitLead):
             final = self._final(logits)
-            ids = token_ids(self.metric, *final.shape, what="the metric").to(final.device)
-            return final.gather(-1, ids[:, None])[:, 0]
+            lead = [
+                _of_tokens(final, self._ids(getattr(self.metric, what)), what)
+                for what in ("correct", "incorrect")
+            ]
+            return lead[0] - lead[1]
+        if not callable(self.metric):
+            return _of_tokens(self._final(logits), self.metric, "the metric")
         found, rows = self.metric(logits), len(logits)
         is_tensor = isinstance(found, Tensor)
         if not is_tensor or found.shape not in ((), (rows,)):
@@ -104,6 +137,14 @@ class MeasuredRun:
                 f"{list(logits.shape)} it made {got}"
             )
         return found
+
+    def _ids(self, tokens: Any) -> Any:
+        """Tokens, those given as strings by their ids."""
+        if isinstance(tokens, str):
+            return self.bridge.to_single_token(tokens)
+        if isinstance(tokens, (list, tuple)):
+            return [self._ids(token) if isinstance(token, str) else token for token in tokens]
+        return tokens
 
     def _final(self, logits: Tensor) -> Float[Tensor, "batch d_vocab"]:
         """The logits at each row's last real position."""
@@ -178,6 +219,12 @@ class MeasuredRun:
         """The metric where a point shows another value."""
         with torch.no_grad(), self.bridge.hooks(fwd_hooks=[(name, _replacing(value))]):
             return self.measured(self.logits()[0])
+
+
+def _of_tokens(final: Float[Tensor, "batch d_vocab"], tokens: Any, what: str) -> Tensor:
+    """The logits of one token a row."""
+    ids = token_ids(tokens, *final.shape, what=what).to(final.device)
+    return final.gather(-1, ids[:, None])[:, 0]
 
 
 def _replacing(value: Tensor) -> Callable[[Tensor, HookPoint], Tensor]:
