@@ -39,6 +39,7 @@ def planted() -> tuple[Tensor, Tensor]:
         ("TopKSAE", {"top_k": 4}),
         ("BatchTopKSAE", {"top_k": 4}),
         ("MpSAE", {"k": 4}),
+        ("JumpSAE", {"target_l0": 4, "threshold": 2.0}),
         ("SAE", {}),
     ],
 )
