@@ -86,11 +86,25 @@ from .spans import (
 )
 from .split_points import ModelWithSplitPoints
 from .splitters import SplitterForGeneration
+from .store import (
+    ActivationBatch,
+    ActivationStore,
+    ExtractedActivations,
+    Ragged,
+    extract_representations,
+    extract_to,
+    load_activations,
+    read_vllm_hidden_states,
+    save_activations,
+    stream_representations,
+)
 from .tracing import TraceResult, TransformerTracer
 
 __all__ = [
     "CHG",
     "AblationCurve",
+    "ActivationBatch",
+    "ActivationStore",
     "Aggregation",
     "BaseSplitter",
     "BatchTopKSAEConcepts",
@@ -102,6 +116,7 @@ __all__ = [
     "CircuitCheck",
     "ConceptExample",
     "ContrastiveCHG",
+    "ExtractedActivations",
     "FitOptions",
     "FitUpdate",
     "GateSite",
@@ -116,6 +131,7 @@ __all__ = [
     "ModelWithSplitPoints",
     "MpSAEConcepts",
     "PatchGrid",
+    "Ragged",
     "SAEExplainer",
     "SAELossClasses",
     "SAEMetrics",
@@ -142,6 +158,8 @@ __all__ = [
     "check_circuit",
     "dashboard",
     "direct_logit_attribution",
+    "extract_representations",
+    "extract_to",
     "fit_together",
     "gate_attribution",
     "gather_token_scores",
@@ -150,6 +168,7 @@ __all__ = [
     "input_x_gradient",
     "integrated_gradients",
     "label_concepts",
+    "load_activations",
     "logit_difference",
     "logit_effects",
     "logits_to_log_probs",
@@ -157,8 +176,11 @@ __all__ = [
     "measure_sae",
     "read_gemma_scope",
     "read_saelens",
+    "read_vllm_hidden_states",
+    "save_activations",
     "scores_under",
     "select_final_token",
+    "stream_representations",
     "tensor_grad_hook",
     "write_saelens",
 ]
