@@ -196,3 +196,100 @@ def _skeleton(name_or_path: str) -> nn.Module:
         if kind is None:
             return transformers.AutoModelForCausalLM.from_config(config)
         return kind._from_config(config)
+
+
+# --- lensbridge extract --------------------------------------------------------------------------
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="A name on the Hugging Face hub, or a folder.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A .txt file (a text a line), a .jsonl file (text or input_ids a line), or a folder that "
+            "datasets' save_to_disk wrote."
+        ),
+    ],
+    points: Annotated[
+        list[str],
+        typer.Option(help="A layer's index, a hook point or a module's path; again for each."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    batch_size: Annotated[int, typer.Option(help="How many samples run together.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(help="How many samples to read.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="How many tokens of each.")] = None,
+    positions: Annotated[
+        str, typer.Option(help="Which tokens have rows: all, last, mean, or indices: 0,-1.")
+    ] = "all",
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the rows, such as bfloat16.")] = None,
+    model_dtype: Annotated[str, typer.Option(help="Dtype of the parameters.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where to run; under torchrun a GPU for each process.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    shard_mib: Annotated[int, typer.Option(help="From what size on a shard is written.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
+    ] = False,
+) -> None:
+    """Write a model's activations on a dataset to a folder of safetensors shards.
+
+    Over several processes: torchrun --nproc-per-node 8 -m lensbridge extract MODEL DATA ...
+    """
+    from .bridge import TransformerBridge
+    from .hooks import LensError
+    from .methods import extract_to
+    from .methods.store.ranks import home_of_rank, is_first
+    from .methods.store.sources import dataset_at
+
+    try:
+        dataset = dataset_at(data)
+        bridge = TransformerBridge.boot_transformers(
+            model,
+            device=device or home_of_rank(),
+            dtype=_dtype(model_dtype, "--model-dtype"),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        found = extract_to(
+            out,
+            bridge,
+            dataset,
+            [int(name) if _is_index(name) else name for name in points],
+            batch_size=batch_size,
+            max_samples=max_samples,
+            max_length=max_length,
+            positions=_positions(positions),
+            dtype=None if dtype is None else _dtype(dtype, "--dtype"),
+            shard_bytes=shard_mib * 2**20,
+            resume=resume,
+            progress=sys.stderr.isatty(),
+        )
+    except (OSError, ValueError, LensError) as error:
+        raise _failure(error) from error
+    if is_first():
+        size = sum(shard["bytes"] for shard in found.index["shards"])
+        typer.echo(
+            f"{len(found)} samples, {found.n_rows} rows of {', '.join(found.points)}: "
+            f"{size / 2**20:.1f} MiB in {len(found.index['shards'])} shards at {out.resolve()}"
+        )
+
+
+def _is_index(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _positions(text: str) -> Any:
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(map(_is_index, parts)) else text
+
+
+def _dtype(name: str, option: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise typer.BadParameter(f"{name!r} is no dtype of torch", param_hint=option)
+    return found

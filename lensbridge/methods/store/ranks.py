@@ -61,3 +61,15 @@ def current_ranks(device: torch.device | None = None) -> Ranks:
             "torchrun (accelerate launch --cpu starts one)"
         )
     return Ranks(state.process_index, state.num_processes, state)
+
+
+def home_of_rank() -> torch.device:
+    """Where a process runs its model unless told: a GPU of its own where there are any, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
