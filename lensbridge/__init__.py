@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ActivationCache,
         Architecture,
         BridgeConfig,
+        FactoredMatrix,
         TransformerBridge,
         add_row,
     )
@@ -178,6 +179,7 @@ _HOME = {
     "ActivationCache": "bridge",
     "Architecture": "bridge",
     "BridgeConfig": "bridge",
+    "FactoredMatrix": "bridge",
     "TransformerBridge": "bridge",
     "AbsentPointError": "hooks",
     "ArchitectureError": "hooks",
@@ -247,6 +249,7 @@ __all__ = [
     "ConceptExample",
     "ContrastiveCHG",
     "ExtractedActivations",
+    "FactoredMatrix",
     "FitOptions",
     "FitUpdate",
     "GateSite",

@@ -34,6 +34,7 @@ PUBLIC = [
     "ConceptExample",
     "ContrastiveCHG",
     "ExtractedActivations",
+    "FactoredMatrix",
     "FitOptions",
     "FitUpdate",
     "GateSite",

@@ -4,6 +4,7 @@ from .architecture import Architecture
 from .bridge import TransformerBridge
 from .cache import ActivationCache
 from .config import BridgeConfig
+from .factored import FactoredMatrix
 from .inputs import Inputs
 from .record import frozen
 from .table import add_row
@@ -12,6 +13,7 @@ __all__ = [
     "ActivationCache",
     "Architecture",
     "BridgeConfig",
+    "FactoredMatrix",
     "Inputs",
     "TransformerBridge",
     "add_row",

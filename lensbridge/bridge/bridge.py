@@ -17,12 +17,12 @@ from ..hooks.registry import Selection
 from . import boot
 from .architecture import Architecture, Tower
 from .cache import SliceInput
+from .composition import Composition
 from .config import BridgeConfig, read_config
 from .example import FAILURES, examples
 from .generate import Generation
 from .infer import architecture_of
 from .inputs import Inputs, is_encoder_decoder, prepare
-from .layers import Layers
 from .listening import Hooks, Listening
 from .past import with_copied_past
 from .points import build_registry
@@ -38,7 +38,7 @@ from .view import belongs, outline
 _Self = TypeVar("_Self", bound="TransformerBridge")
 
 
-class TransformerBridge(ModelState, Listening, Layers, TextMethods, Generation):
+class TransformerBridge(ModelState, Listening, Composition, TextMethods, Generation):
     """A Hugging Face model with canonical, named hook points.
 
     Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the

@@ -16,6 +16,7 @@ from ..hooks import Action, ArchitectureError, Call, Tap
 from . import norm as norms
 from .architecture import Norm, Projection, Split
 from .graft import graft
+from .matrix import bias_of, plain_weight
 
 # --- the whole tensor -----------------------------------------------------------------------------------
 
@@ -288,7 +289,12 @@ def head_results(n: int, d: int) -> Tap:
     """What each head writes into the residual stream, [batch, pos, head, d_model], read at W_O."""
 
     def read(call: Call) -> Tensor:
-        return _results(call.module, as_heads(get_input(call), n, d))
+        z = as_heads(get_input(call), n, d)
+        if z.is_meta:
+            # A call of the weightless twin: the model's own layer may be packed or sharded, and not run on it.
+            out = get_output(call)
+            return out.new_empty(*z.shape[:-1], out.shape[-1])
+        return _results(call.module, z)
 
     def write(call: Call, value: Tensor) -> None:
         with torch.no_grad():
@@ -303,7 +309,7 @@ def head_results(n: int, d: int) -> Tap:
 def _results(module: nn.Module, z: Float[Tensor, "*rows head d_head"]) -> Tensor:
     n, d = z.shape[-2:]
     with align_module_device(module):
-        weight = _plain_weight(module)
+        weight = plain_weight(module)
         if weight is not None:
             return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (n, d)))
     # A layer whose weight is no plain matrix (quantised, LoRA): one head at a time through the layer itself.
@@ -311,24 +317,3 @@ def _results(module: nn.Module, z: Float[Tensor, "*rows head d_head"]) -> Tensor
     out = module.forward(alone)
     bias = bias_of(module, z.flatten(-2))
     return out if bias is None else out - bias.unsqueeze(-2)
-
-
-def _plain_weight(module: nn.Module) -> Tensor | None:
-    """W as [in, out] when the layer is exactly x @ W (+ b)."""
-    if type(module) is nn.Linear:
-        return module.weight.T
-    if (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    ):
-        return module.weight  # type: ignore[return-value]
-    return None
-
-
-def bias_of(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a linear layer adds whatever its input; ``x`` is an input of it, for its shape."""
-    if _plain_weight(module) is None:
-        return module.forward(torch.zeros_like(x[..., :1, :]))
-    with align_module_device(module):
-        bias: Any = getattr(module, "bias", None)
-        return None if bias is None else bias.clone() if bias.device.type == "meta" else bias

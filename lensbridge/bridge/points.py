@@ -15,6 +15,7 @@ from .attention_points import attention, head_inputs
 from .branch import BranchSpan
 from .builder import IDS, STREAM, Builder
 from .mlp_points import mixer, mlp
+from .parameters import WeightTable
 from .raw import RawPoints
 
 _NORM = ("in", "scale", "normalized", "out")
@@ -35,6 +36,7 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     head(build)
     registry = HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build))
     registry.layers = f"{architecture.main.prefix}blocks"
+    registry.weights = WeightTable(model, architecture)
     return registry
 
 

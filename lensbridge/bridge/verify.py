@@ -14,7 +14,7 @@ from ..hooks import HookRegistry
 from .architecture import Architecture, Attention, Block, Tower
 from .cache import ActivationCache
 from .example import FAILURES, examples
-from .places import bias_of
+from .matrix import bias_of
 from .record import record_run
 from .run import INSIDE_ATTENTION
 from .seen import first_item

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from ..hooks import HookPoint, HookRegistry, LayerRangeError
+from ..hooks import AbsentPointError, HookPoint, HookRegistry, LayerRangeError
 from .architecture import Architecture, Tower
+from .parameters import WeightTable
 
 _TOWER_PARTS = ("embed", "pos_embed", "ln_embed", "rotary_emb", "blocks", "ln_final")
 
@@ -18,7 +20,7 @@ def belongs(name: str, tower: Tower) -> bool:
 
 
 class PartView:
-    """One part of a model: its points and its parts, as attributes.
+    """One part of a model: its points, its weights and its parts, as attributes.
 
     Args:
         registry: All points.
@@ -29,19 +31,28 @@ class PartView:
         self._registry = registry
         self._name = name
 
-    def __getattr__(self, attribute: str) -> PartView | HookPoint:
+    def __getattr__(self, attribute: str) -> Any:
+        """A `PartView`, a `HookPoint`, or a weight: a tensor, for ``QK`` and ``OV`` a `FactoredMatrix`."""
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         name = f"{self._name}.{attribute}"
-        if name in self._registry:
-            return self._registry[name]
-        if any(held.startswith(name + ".") for held in self._registry):
-            return PartView(self._registry, name)
-        raise AttributeError(str(self._registry.missing(name)))
+        registry = self._registry
+        if name in registry:
+            return registry[name]
+        weights: WeightTable = registry.weights
+        if name in weights:
+            try:
+                return weights.read(name)
+            except AbsentPointError as error:
+                raise AttributeError(str(error)) from error
+        if any(held.startswith(name + ".") for held in (*registry, *weights)):
+            return PartView(registry, name)
+        missing = registry if weights.why(name) is None else weights
+        raise AttributeError(str(missing.missing(name)))
 
     def __dir__(self) -> list[str]:
         start = self._name + "."
-        names = [*self._registry, *self._registry.aliases]
+        names = [*self._registry, *self._registry.aliases, *self._registry.weights]
         return sorted(
             {name[len(start) :].split(".")[0] for name in names if name.startswith(start)}
         )
