@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -16,19 +17,21 @@ from ..hooks import HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from . import boot
 from .architecture import Architecture, Tower
-from .cache import SliceInput
 from .composition import Composition
 from .config import BridgeConfig, read_config
 from .example import FAILURES, examples
+from .fold import Processing
 from .generate import Generation
 from .infer import architecture_of
 from .inputs import Inputs, is_encoder_decoder, prepare
 from .listening import Hooks, Listening
 from .past import with_copied_past
 from .points import build_registry
+from .ranks import check_whole
 from .record import frozen, record_run, whereabouts
 from .run import RETURN_TYPES, Stack, lm_loss, logits_of
 from .seen import first_item
+from .slicing import SliceInput
 from .state import ModelState
 from .text import TextMethods
 from .tokens import PaddingSide
@@ -38,7 +41,7 @@ from .view import belongs, outline
 _Self = TypeVar("_Self", bound="TransformerBridge")
 
 
-class TransformerBridge(ModelState, Listening, Composition, TextMethods, Generation):
+class TransformerBridge(ModelState, Listening, Composition, TextMethods, Generation, Processing):
     """A Hugging Face model with canonical, named hook points.
 
     Nothing in the model is wrapped, replaced or copied. With no hook set, calling the bridge runs exactly the
@@ -53,7 +56,7 @@ class TransformerBridge(ModelState, Listening, Composition, TextMethods, Generat
         example: Keywords of the model's forward to tell its parts by. Needed only for models, or towers of
             them, whose input cannot be made up; an input of the real kind is best, a small one is enough.
     Raises:
-        ArchitectureError: The model's layers could not be found.
+        ArchitectureError: The model's layers could not be found, or are not all in this process.
 
     Example::
 
@@ -79,8 +82,10 @@ class TransformerBridge(ModelState, Listening, Composition, TextMethods, Generat
         self.original_model = model
         inner = model._modules.get("_orig_mod")  # what torch.compile(model) keeps inside
         self._inner: nn.Module = model if inner is None else inner
+        check_whole(self._inner)
         self.architecture: Architecture = architecture_of(self._inner, example)
         self.registry: HookRegistry = build_registry(self._inner, self.architecture)
+        self.registry.owner.bridge = weakref.ref(self)
         self.cfg: BridgeConfig = read_config(self._inner, self.architecture)
         self._stack = Stack(model, self._inner, self.registry, self.architecture)
         embed = self.architecture.main.embed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -264,6 +264,14 @@ class Builder:
                 f"{name}.hook_normalized",
             )
         self.add(f"{name}.hook_out", one.path, places.whole_output(), axes, *out_aliases)
+
+    def hide(self, axes: Collection[str], reason: str) -> None:
+        """Take back the points that have certain axes."""
+        hidden = [point for point in self.points if not set(axes).isdisjoint(point.axes.split())]
+        self.points = [point for point in self.points if point not in hidden]
+        for point in hidden:
+            for name in (str(point.name), *point.aliases):
+                self.absent[name] = reason
 
     def lacks(self, reason: str, *names: str) -> None:
         """Say why names are missing."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..hooks import ArchitectureError
 from .architecture import Mlp
 from .matrix import linear_map
+from .ranks import own_parameter
 
 AXES = {
     "W_in": "expert d_model d_mlp",
@@ -74,7 +75,7 @@ def _layout(module: nn.Module) -> _Layout | None:
     if known is None and all(isinstance(fact, bool) for fact in facts):
         known = _Layout(*facts)  # type: ignore[arg-type]
     wanted = "gate_up_proj" if known is not None and known.is_gated else "up_proj"
-    has_all = all(module._parameters.get(name) is not None for name in (wanted, "down_proj"))
+    has_all = all(own_parameter(module, name) is not None for name in (wanted, "down_proj"))
     return known if has_all else None
 
 
@@ -97,7 +98,7 @@ def read(module: nn.Module, own: str) -> Tensor:
     with align_module_device(module):
         down = module._parameters["down_proj"]
         held = down if role == "out" else module._parameters[joint]
-        bias = module._parameters.get(f"{'down_proj' if role == 'out' else joint}_bias")
+        bias = own_parameter(module, f"{'down_proj' if role == 'out' else joint}_bias")
     if not isinstance(held, nn.Parameter) or not held.is_floating_point() or down is None:
         raise ArchitectureError(f"the weights of {type(module).__name__} are no plain tensors")
     held = held[: len(down)]  # experts behind these only copy (LongCat)
@@ -132,16 +133,22 @@ def read_router(module: nn.Module, own: str, n_experts: int | None) -> Tensor:
     Raises:
         ArchitectureError: The scores are not one matrix product.
     """
-    if isinstance(module, nn.Linear):
-        weight, bias = linear_map(module, None, module.weight)
+    held = [
+        part
+        for part in (module, *module.children())
+        if (weight := part._parameters.get("weight")) is not None
+        and weight.dim() == 2
+        and weight.shape[0] == n_experts
+    ]
+    if len(held) != 1:
+        raise ArchitectureError(
+            f"{type(module).__name__} does not score {n_experts} experts by one matrix of its own"
+        )
+    if type(held[0]) is nn.Linear:
+        weight, bias = linear_map(held[0], None, held[0].weight)
     else:
-        with align_module_device(module):
-            held, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if held is None or held.dim() != 2 or held.shape[0] != n_experts:
-            raise ArchitectureError(
-                f"{type(module).__name__} does not score {n_experts} experts by one matrix of its own"
-            )
-        weight = held.T
+        with align_module_device(held[0]):
+            weight, bias = held[0]._parameters["weight"].T, held[0]._parameters.get("bias")  # type: ignore[union-attr]
     if own == "W":
         return weight
     return torch.zeros_like(weight[0]) if bias is None else bias

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from ..hooks import ArchitectureError
 from .example import FAILURES
+from .ranks import own_parameter
 from .seen import first_item
+
+_BEHIND_PADDING = ("ProphetNetPositionalEmbeddings",)
+"""Classes that count positions from behind their padding row, by themselves."""
 
 
 def rows_of(module: nn.Module) -> Float[Tensor, "d_vocab d_model"]:
@@ -44,13 +48,13 @@ def position_rows(module: nn.Module) -> Float[Tensor, "n_ctx d_model"]:
 
 def is_lookup(module: nn.Module) -> bool:
     """Whether a module looks up rows of a table."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     return weight is not None and weight.dim() == 2 and "padding_idx" in module.__dict__
 
 
 def _table(module: nn.Module) -> Tensor:
     with align_module_device(module):
-        weight = module._parameters.get("weight")
+        weight = own_parameter(module, "weight")
     if weight is None or not is_lookup(module):
         raise ArchitectureError(f"{type(module).__name__} embeds no ids")
     return weight

@@ -18,18 +18,20 @@ from transformers.pytorch_utils import Conv1D
 
 from ..hooks import ArchitectureError
 from .example import FAILURES
+from .ranks import own_parameter
 from .seen import first_item
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _NEARLY = 0.05
 """How far a layer may be from a linear map: layers that round what they read are some per cent off."""
 
 
 def plain_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"] | None:
     """W, a view of the layer's parameter, when the layer is exactly ``x @ W (+ b)``."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     # A tensor of another class (packed, quantised, sharded) is no plain matrix.
-    if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
         return None
     if (
         type(module) is nn.Linear
@@ -44,7 +46,7 @@ def bias_of(module: nn.Module, x: Tensor) -> Tensor | None:
     if plain_weight(module) is None:
         return first_item(module.forward(torch.zeros_like(x[..., :1, :])))
     with align_module_device(module):
-        bias: Any = module._parameters.get("bias")
+        bias: Any = own_parameter(module, "bias")
         return None if bias is None else bias.clone() if bias.device.type == "meta" else bias
 
 
@@ -63,8 +65,10 @@ def linear_map(
     Raises:
         ArchitectureError: The layer is no linear map.
     """
+    if isinstance(module, _CONVOLUTIONS):
+        raise ArchitectureError(f"a {_name(module)} is a convolution, not one matrix")
     with align_module_device(module):
-        weight, bias = plain_weight(module), module._parameters.get("bias")
+        weight, bias = plain_weight(module), own_parameter(module, "bias")
         if weight is not None:
             return weight, bias
         width = _width(module) if width is None else width
@@ -76,10 +80,23 @@ def linear_map(
     return _by_running(module, width, like)
 
 
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer may be a linear map: no norm, no convolution."""
+    parts = [module, *module.children()]  # a layer with adapters has its matrices inside
+    held = [p for part in parts for p in part._parameters.values() if p is not None]
+    return any(p.dim() >= 2 for p in held) and not isinstance(module, _CONVOLUTIONS)
+
+
+def first_float(model: nn.Module) -> Tensor:
+    """A parameter of a model, for dtype and device."""
+    held = [p for p in model.parameters() if p.dtype in _FLOATS]
+    return next((p for p in held if p.device.type != "meta"), held[0])
+
+
 def _candidate(module: nn.Module, width: int) -> Tensor | None:
     """What would be the matrix of a linear layer of another class, if it does the usual."""
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.shape[1] != width:
+    weight = own_parameter(module, "weight")
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 2 or weight.shape[1] != width:
         return None
     return weight.T if weight.dtype in _FLOATS else None
 

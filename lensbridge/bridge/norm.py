@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .architecture import Norm
 from .graft import graft
+from .ranks import own_parameter
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
@@ -114,7 +115,7 @@ def output_from(
         untouched = normalized == normalize(norm, x, scale(norm, x))
     # accelerate may keep the weights elsewhere until the module itself runs.
     with align_module_device(module):
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        weight, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
         return graft(original, affine(norm, weight, bias, normalized), untouched)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
@@ -28,9 +27,10 @@ from .architecture import (
     Tower,
 )
 from .factored import FactoredMatrix
+from .linear import Linear, entering_width, visit_of
 from .lookup import is_lookup, position_rows, rows_of
-from .matrix import linear_map
-from .places import take_share
+from .matrix import first_float, is_matrix
+from .ranks import own_parameter
 from .seen import Visit
 
 
@@ -141,7 +141,7 @@ class _Finder:
             why = self.architecture.absent.get("unembed", "no head")
             self.lacks(why, "unembed.W_U", "unembed.b_U")
         else:
-            full = _Linear(self, main, None, head)
+            full = Linear(self.model, main, None, head)
             yield Weight("unembed.W_U", "d_model d_vocab", full.weight)
             yield Weight("unembed.b_U", "d_vocab", full.bias)
 
@@ -169,11 +169,11 @@ class _Finder:
             else:
                 yield Weight(name, "d_vocab d_model", partial(rows_of, module))
         if tower.ln_embed is not None:
-            yield from self.norm(f"{prefix}ln_embed", tower.ln_embed)
+            yield from self.norm(f"{prefix}ln_embed", tower.ln_embed, tower)
         for index, block in enumerate(tower.blocks):
             yield from self.block(tower, f"{prefix}blocks.{index}", block)
         if tower.ln_final is not None:
-            yield from self.norm(f"{prefix}ln_final", tower.ln_final)
+            yield from self.norm(f"{prefix}ln_final", tower.ln_final, tower)
         else:
             why = tower.absent.get("ln_final") or tower.unproved or "not seen"
             self.lacks(why, f"{prefix}ln_final.w", f"{prefix}ln_final.b")
@@ -183,7 +183,7 @@ class _Finder:
             part = branch.part
             home = f"{name}.{branch.name}"
             if branch.ln is not None:
-                yield from self.norm(f"{name}.ln{branch.number}", branch.ln)
+                yield from self.norm(f"{name}.ln{branch.number}", branch.ln, tower, block)
             if isinstance(part, Attention):
                 yield from self.attention(tower, block, home, part)
             elif isinstance(part, Mlp):
@@ -191,9 +191,9 @@ class _Finder:
             else:
                 yield from self.mixer(tower, block, home, part)
             if branch.ln_post is not None:
-                yield from self.norm(f"{name}.ln{branch.number}_post", branch.ln_post)
+                yield from self.norm(f"{name}.ln{branch.number}_post", branch.ln_post, tower, block)
         if block.ln_out is not None:
-            yield from self.norm(f"{name}.ln_out", block.ln_out)
+            yield from self.norm(f"{name}.ln_out", block.ln_out, tower, block)
         why = tower.unproved or block.unproved or f"this layer is {block.kind}"
         for part_name, owns in (("attn", _ATTENTION), ("mlp", _MLP)):
             if block.branch(part_name) is None:
@@ -202,25 +202,32 @@ class _Finder:
             why = f"this model's blocks have no {ln} (no norm in that place)"
             self.lacks(why, f"{name}.{ln}.w", f"{name}.{ln}.b")
 
-    def norm(self, name: str, norm: Norm) -> Iterator[Weight]:
+    def norm(
+        self, name: str, norm: Norm, tower: Tower, block: Block | None = None
+    ) -> Iterator[Weight]:
         """The weight and bias of a norm: ``normalized * w + b``, an offset included in ``w``."""
         if not norm.is_open:
             why = f"the formula of {norm.path} is not known"
             self.lacks(why, f"{name}.w", f"{name}.b")
             return
-        module = self.model.get_submodule(norm.path)
-        yield Weight(f"{name}.w", "d", partial(self.affine, module, norm, "weight"))
-        yield Weight(f"{name}.b", "d", partial(self.affine, module, norm, "bias"))
+        width = entering_width(visit_of(tower, block, norm.path))
+        for own, parameter in (("w", "weight"), ("b", "bias")):
+            read = partial(self.affine, norm, parameter, width)
+            yield Weight(f"{name}.{own}", "d", read)
 
-    def affine(self, module: nn.Module, norm: Norm, own: str) -> Tensor:
+    def affine(self, norm: Norm, parameter: str, width: int | None) -> Tensor:
+        """A norm's weight or bias; ones or zeros where it has none."""
+        module = self.model.get_submodule(norm.path)
         with align_module_device(module):
-            held: Any = module._parameters.get(own)
-            if held is not None:
-                return held + norm.offset if own == "weight" and norm.offset else held
-            other: Any = module._parameters.get("weight" if own == "bias" else "bias")
-        if other is None:
+            held = own_parameter(module, parameter)
+            other = next((p for p in module._parameters.values() if p is not None), None)
+        if held is not None:
+            return held + norm.offset if parameter == "weight" and norm.offset else held
+        like = first_float(self.model) if other is None else other
+        width = width if other is None else len(other)
+        if width is None:
             raise ArchitectureError(f"{norm.path} has no weights")
-        return torch.zeros_like(other) if own == "bias" else torch.ones_like(other)
+        return like.new_full((width,), float(parameter == "weight"))
 
     # --- attention ---------------------------------------------------------------------------------------
 
@@ -239,7 +246,7 @@ class _Finder:
             if why:
                 self.lacks(why, *names)
                 continue
-            linear = _Linear(self, tower, block, share.path, share)
+            linear = Linear(self.model, tower, block, share.path, share)
             axis = "head" if letter == "Q" else "kv_head"
             repeats = attn.n_heads // n
             matrix, bias = partial(linear.heads_in, n, d), partial(linear.heads_bias, n, d)
@@ -249,7 +256,7 @@ class _Finder:
             why = "no layer with weights of its own reads what attention makes"
             self.lacks(why, f"{home}.W_O", f"{home}.b_O")
         else:
-            linear = _Linear(self, tower, block, attn.o)
+            linear = Linear(self.model, tower, block, attn.o)
             matrix = partial(linear.heads_out, attn.n_heads, attn.d_head_v)
             yield Weight(f"{home}.W_O", "head d_head d_model", matrix)
             yield Weight(f"{home}.b_O", "d_model", linear.bias)
@@ -261,7 +268,7 @@ class _Finder:
                 yield Weight(f"{home}.{own}", "", partial(self.product, home, left, right))
         for part, norm in (("q_norm", attn.q_norm), ("k_norm", attn.k_norm)):
             if norm is not None:
-                yield from self.norm(f"{home}.{part}", norm)
+                yield from self.norm(f"{home}.{part}", norm, tower, block)
 
     def product(self, home: str, left: str, right: str) -> FactoredMatrix:
         a, b = (self.table.read(f"{home}.{part}", expand_groups=True) for part in (left, right))
@@ -276,8 +283,8 @@ class _Finder:
             return ""
         part = letter.lower()
         before = "" if attn.path == block.path else self.inner_layer(attn, share, visit)
-        width = _entering_width(whole)
-        own = _entering_width(visit)
+        width = entering_width(whole)
+        own = entering_width(visit)
         if not before and (own == width or width is None or (attn.is_cross and letter != "Q")):
             return ""
         made = f"what {before} makes" if before else f"something {own} wide"
@@ -317,13 +324,13 @@ class _Finder:
                 why = "the MLP is not gated" if own == "gate" else "not recognised"
                 self.lacks(why, *names)
                 continue
-            linear = _Linear(self, tower, block, share.path, share)
+            linear = Linear(self.model, tower, block, share.path, share)
             yield Weight(names[0], "d_model d_mlp", linear.weight)
             yield Weight(names[1], "d_mlp", linear.bias)
         if part.out is None:
             self.lacks("not recognised", f"{home}.W_out", f"{home}.b_out")
         else:
-            linear = _Linear(self, tower, block, part.out)
+            linear = Linear(self.model, tower, block, part.out)
             yield Weight(f"{home}.W_out", "d_mlp d_model", linear.weight)
             yield Weight(f"{home}.b_out", "d_model", linear.bias)
 
@@ -344,93 +351,12 @@ class _Finder:
 
     def mixer(self, tower: Tower, block: Block, home: str, part: Mixer) -> Iterator[Weight]:
         for layer, path in part.parts:
-            if layer == "conv" or (layer == "gate" and part.gate is not None):
+            is_share = layer == "gate" and part.gate is not None
+            if is_share or not is_matrix(self.model.get_submodule(path)):
                 continue
-            linear = _Linear(self, tower, block, path)
+            linear = Linear(self.model, tower, block, path)
             yield Weight(f"{home}.{layer}.W", "d_in d_out", linear.weight)
             yield Weight(f"{home}.{layer}.b", "d_out", linear.bias)
-
-
-class _Linear:
-    """A linear layer, or a share of a joint one."""
-
-    def __init__(
-        self,
-        finder: _Finder,
-        tower: Tower,
-        block: Block | None,
-        path: str,
-        share: Projection | None = None,
-    ) -> None:
-        self.model = finder.model
-        self.module = finder.model.get_submodule(path)
-        self.width = _entering_width(visit_of(tower, block, path))
-        self.split = None if share is None else share.split
-        self.index = 0 if share is None else share.index
-
-    def maps(self) -> tuple[Tensor, Tensor | None]:
-        like = next(p for p in self.model.parameters() if p.is_floating_point())
-        return linear_map(self.module, self.width, like)
-
-    def weight(self) -> Tensor:
-        """[d_in, d_out]."""
-        return self.own(self.maps()[0])
-
-    def bias(self) -> Tensor:
-        """[d_out]; zeros where the layer has none."""
-        weight, bias = self.maps()
-        return self.own(weight.new_zeros(weight.shape[1]) if bias is None else bias)
-
-    def own(self, x: Tensor) -> Tensor:
-        return x if self.split is None else take_share(x, self.split, self.index)
-
-    def heads(self, x: Tensor, n: int, d: int) -> Tensor:
-        """[..., d_out] as [..., n, d], a view where the heads are evenly spaced."""
-        split = self.split
-        if (
-            split is not None
-            and split.groups > 1
-            and (split.groups, split.sizes[self.index]) == (n, d)
-        ):
-            runs = x.unflatten(-1, (n, sum(split.sizes)))
-            return runs.narrow(-1, sum(split.sizes[: self.index]), d)
-        own = self.own(x)
-        if own.shape[-1] != n * d:
-            raise ArchitectureError(
-                f"{type(self.module).__name__} makes {own.shape[-1]} features, not {n} heads of {d}"
-            )
-        return own.unflatten(-1, (n, d))
-
-    def heads_in(self, n: int, d: int) -> Tensor:
-        """[n, d_in, d]."""
-        return self.heads(self.maps()[0], n, d).transpose(0, 1)
-
-    def heads_bias(self, n: int, d: int) -> Tensor:
-        """[n, d]."""
-        weight, bias = self.maps()
-        return weight.new_zeros(n, d) if bias is None else self.heads(bias, n, d)
-
-    def heads_out(self, n: int, d: int) -> Tensor:
-        """[n, d, d_out]."""
-        weight = self.weight()
-        if weight.shape[0] != n * d:
-            raise ArchitectureError(
-                f"{type(self.module).__name__} reads {weight.shape[0]} features, not {n} heads of {d}"
-            )
-        return weight.unflatten(0, (n, d))
-
-
-def visit_of(tower: Tower, block: Block | None, path: str | None) -> Visit | None:
-    """The call of a module, in the watched run, that belongs to a layer."""
-    visits = [] if tower.seen is None else tower.seen.visits.get(path or "", [])
-    if block is None:
-        return visits[0] if visits else None
-    return visits[block.call] if block.call < len(visits) else None
-
-
-def _entering_width(visit: Visit | None) -> int | None:
-    entering = None if visit is None else visit.entering
-    return int(entering.shape[-1]) if isinstance(entering, Tensor) and entering.dim() else None
 
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "QK", "OV")

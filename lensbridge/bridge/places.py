@@ -291,7 +291,7 @@ def head_results(n: int, d: int) -> Tap:
     def read(call: Call) -> Tensor:
         z = as_heads(get_input(call), n, d)
         if z.is_meta:
-            # A call of the weightless twin: the model's own layer may be packed or sharded, and not run on it.
+            # A call of the weightless twin: the model's own layer may be packed or sharded, and not take it.
             out = get_output(call)
             return out.new_empty(*z.shape[:-1], out.shape[-1])
         return _results(call.module, z)

@@ -16,7 +16,9 @@ from .branch import BranchSpan
 from .builder import IDS, STREAM, Builder
 from .mlp_points import mixer, mlp
 from .parameters import WeightTable
+from .ranks import SPLIT, tensor_parallel, why_split
 from .raw import RawPoints
+from .whole import Whole
 
 _NORM = ("in", "scale", "normalized", "out")
 
@@ -34,9 +36,12 @@ def build_registry(model: nn.Module, architecture: Architecture) -> HookRegistry
     for one in architecture.towers:
         tower(build, one)
     head(build)
-    registry = HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build))
+    if tensor_parallel(model) > 1:
+        build.hide(SPLIT, why_split(model))
+    registry = HookRegistry(build.points, build.absent, build.unsettled, RawPoints(build, model))
     registry.layers = f"{architecture.main.prefix}blocks"
     registry.weights = WeightTable(model, architecture)
+    registry.owner = Whole(model, architecture)
     return registry
 
 

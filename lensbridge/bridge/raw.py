@@ -10,9 +10,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from ..hooks import HookPoint, UnknownPointError
+from torch import nn
+
+from ..hooks import AbsentPointError, HookPoint, UnknownPointError
 from . import places
 from .builder import Builder
+from .ranks import is_split, why_split
 
 _RAW = "raw:"
 
@@ -22,10 +25,12 @@ class RawPoints:
 
     Args:
         build: The builder of the model's canonical points, whose sites they share.
+        model: The model.
     """
 
-    def __init__(self, build: Builder) -> None:
+    def __init__(self, build: Builder, model: nn.Module) -> None:
         self.build = build
+        self.model = model
 
     def knows(self, name: str) -> bool:
         """Whether a name is a raw one."""
@@ -51,6 +56,7 @@ class RawPoints:
 
         Raises:
             UnknownPointError: The model has no module of that path.
+            AbsentPointError: Each process has its own part of it.
         """
         path = name.removeprefix(_RAW)
         is_input = path.endswith(".hook_in")
@@ -60,6 +66,8 @@ class RawPoints:
             near = get_close_matches(path, list(modules), n=4, cutoff=0.4)
             hint = f"; nearest: {', '.join(_RAW + p for p in near)}" if near else ""
             raise UnknownPointError(f"the model has no module {path!r}{hint}")
+        if is_split(self.model, path):
+            raise AbsentPointError(f"{name} cannot be read here: {why_split(self.model)}")
         point = HookPoint(name, axes="...", is_default=False)
         tap = places.whole_input() if is_input else places.whole_output()
         self.build.enter(self.build.architecture.main, None)

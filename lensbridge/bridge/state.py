@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..hooks import InputError
 from .config import BridgeConfig
 
 _Self = TypeVar("_Self", bound="ModelState")
@@ -43,7 +44,18 @@ class ModelState:
         return self.original_model.load_state_dict(*args, **kwargs)
 
     def to(self: _Self, *args: Any, **kwargs: Any) -> _Self:
-        """Move or cast the model, as ``nn.Module.to``; returns the bridge."""
+        """Move or cast the model, as ``nn.Module.to``; returns the bridge.
+
+        Raises:
+            InputError: It is spread over several devices, or partly on disk.
+        """
+        where: dict[str, Any] = getattr(self._inner, "hf_device_map", None) or {}
+        places = sorted({str(place) for place in where.values()})
+        if len(places) > 1 or any(p.device.type == "meta" for p in self._inner.parameters()):
+            raise InputError(
+                f"this model is spread over {', '.join(places) or 'what accelerate offloads to'} and stays "
+                "there as it is: load it again with another device_map or dtype"
+            )
         self.original_model.to(*args, **kwargs)
         first = next(self._inner.parameters(), None)
         if first is not None:
