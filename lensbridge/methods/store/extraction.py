@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...bridge import TransformerBridge
@@ -72,7 +73,7 @@ class Extraction:
 
     def __init__(
         self,
-        bridge: TransformerBridge,
+        bridge: Any,
         layers: Layers,
         *,
         batch_size: int = 8,
@@ -80,14 +81,14 @@ class Extraction:
         max_length: int | None = None,
         device: torch.device | str | None = "cpu",
         positions: Any = "all",
-        dtype: torch.dtype | None = None,
+        dtype: Any = None,
     ) -> None:
         if not isinstance(bridge, TransformerBridge):
             raise InputError(
                 f"give a TransformerBridge, got {type(bridge).__name__}; of a loaded model it is "
                 "TransformerBridge(model, tokenizer)"
             )
-        self.bridge = bridge
+        self.bridge: TransformerBridge = bridge
         self.batch_size = at_least_one("batch_size", batch_size)
         for name, value in (("max_samples", max_samples), ("max_length", max_length)):
             if value is not None:
@@ -97,7 +98,7 @@ class Extraction:
         self.points = points_of(bridge, layers)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise InputError(f"dtype is a torch.dtype, got {dtype!r}")
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = dtype
         self._mover = Mover(device)
 
     # --- what to run -----------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def _arrived(batch: ActivationBatch, events: list[Any]) -> ActivationBatch:
     return batch
 
 
-def places_in(starts: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def places_in(starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
     """The numbers from each start on, as many as counted: [5, 0], [2, 3] -> [5, 6, 0, 1, 2]."""
     ends = counts.cumsum()
     return np.arange(int(ends[-1]) if len(ends) else 0) + (starts - (ends - counts)).repeat(counts)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ...hooks import InputError, LensError
@@ -140,7 +141,7 @@ class Folder:
         tables = [self._table(shard["file"], BATCHES) for shard in self.shards()]
         return Done(np.concatenate(tables) if tables else np.zeros((0, 2), dtype=np.int64))
 
-    def _table(self, file: str, name: str) -> np.ndarray[Any, Any]:
+    def _table(self, file: str, name: str) -> NDArray[Any]:
         try:
             with safe_open(self.path / file, framework="np") as held:
                 return held.get_tensor(name)
@@ -205,7 +206,7 @@ class Done:
         batches: Number and checksum of each, [batch, 2].
     """
 
-    def __init__(self, batches: np.ndarray[Any, Any]) -> None:
+    def __init__(self, batches: NDArray[Any]) -> None:
         self._batches = batches[batches[:, 0].argsort()]
 
     def __len__(self) -> int:

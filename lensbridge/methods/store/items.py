@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...bridge import TransformerBridge
@@ -30,10 +31,10 @@ class Item:
         types: Which part of a pair of texts each token belongs to; None where all are of the first.
     """
 
-    ids: np.ndarray[Any, Any]
+    ids: NDArray[Any]
     start: int
     width: int
-    types: np.ndarray[Any, Any] | None = None
+    types: NDArray[Any] | None = None
 
 
 def items_of(
@@ -143,7 +144,7 @@ def _item(given: Any, index: int, bridge: TransformerBridge) -> Item:
     return Item(ids[start:stop], start, len(ids), types)
 
 
-def _whole(given: Any, index: int, what: str) -> np.ndarray[Any, Any]:
+def _whole(given: Any, index: int, what: str) -> NDArray[Any]:
     """A row of whole numbers."""
     wrong = f"{what} of sample {index}"
     if isinstance(given, Tensor):
@@ -162,7 +163,7 @@ def _whole(given: Any, index: int, what: str) -> np.ndarray[Any, Any]:
     return row.astype(np.int64)
 
 
-def _span(mask: np.ndarray[Any, Any] | None, index: int, width: int) -> tuple[int, int]:
+def _span(mask: NDArray[Any] | None, index: int, width: int) -> tuple[int, int]:
     """Where the tokens stand between padding."""
     if mask is None:
         return 0, width

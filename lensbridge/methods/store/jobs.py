@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .items import Item
@@ -36,21 +37,21 @@ class Job:
     number: int
     samples: list[int]
     items: list[Item]
-    kept: list[np.ndarray[Any, Any]]
+    kept: list[NDArray[Any]]
     pools: bool
 
     @cached_property
-    def lengths(self) -> np.ndarray[Any, Any]:
+    def lengths(self) -> NDArray[Any]:
         """The number of tokens of each sample."""
         return np.array([len(item.ids) for item in self.items])
 
     @cached_property
-    def counts(self) -> np.ndarray[Any, Any]:
+    def counts(self) -> NDArray[Any]:
         """The number of rows of each sample."""
         return np.array([1 if self.pools else len(own) for own in self.kept])
 
     @cached_property
-    def tokens(self) -> np.ndarray[Any, Any]:
+    def tokens(self) -> NDArray[Any]:
         """The ids of all samples, one after the other."""
         return np.concatenate([item.ids for item in self.items])
 
@@ -60,7 +61,7 @@ class Job:
         return int(self.lengths.max())
 
     @cached_property
-    def is_token(self) -> np.ndarray[Any, Any]:
+    def is_token(self) -> NDArray[Any]:
         """Where tokens are, [batch, pos]; the rest is padding."""
         return np.arange(self.width) < self.lengths[:, None]
 
@@ -69,7 +70,7 @@ class Job:
         """Whether some sample is shorter than another."""
         return int(self.lengths.min()) < self.width
 
-    def table(self, each: Iterable[np.ndarray[Any, Any]], fill: int) -> Int[Tensor, "batch pos"]:
+    def table(self, each: Iterable[NDArray[Any]], fill: int) -> Int[Tensor, "batch pos"]:
         """Numbers of each token as the model takes them."""
         made = np.full(self.is_token.shape, fill, dtype=np.int64)
         made[self.is_token] = np.concatenate(list(each))

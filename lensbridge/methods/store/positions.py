@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...hooks import InputError
@@ -30,7 +31,7 @@ class Positions:
     """
 
     def __init__(self, given: Any = "all") -> None:
-        self._indices: np.ndarray[Any, Any] | None = None
+        self._indices: NDArray[Any] | None = None
         self._mask: Any = None
         self._name = given if isinstance(given, str) else None
         if isinstance(given, str):
@@ -51,7 +52,7 @@ class Positions:
         self.pools = self._name == "mean"
         self.is_single = self._name in ("last", "mean") if self._name else isinstance(given, int)
 
-    def of(self, item: Item, index: int) -> np.ndarray[Any, Any]:
+    def of(self, item: Item, index: int) -> NDArray[Any]:
         """The tokens of a sample that have rows, or that its row is made of.
 
         Raises:
@@ -69,7 +70,7 @@ class Positions:
             )
         return self._indices % n
 
-    def _row(self, item: Item, index: int) -> np.ndarray[Any, Any]:
+    def _row(self, item: Item, index: int) -> NDArray[Any]:
         if index >= len(self._mask):
             raise InputError(
                 f"the mask given as positions= has {len(self._mask)} rows, but the dataset has more samples"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...hooks import InputError, UnknownPointError
@@ -57,7 +58,7 @@ class ExtractedActivations:
         )
         self._ends = self._counts.cumsum()
 
-    def _tables(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
+    def _tables(self, shard: int) -> dict[str, NDArray[Any]]:
         found = {
             name: self._files.tensor(shard, name).numpy() for name in (SAMPLES, COUNTS, LENGTHS)
         }
@@ -141,7 +142,7 @@ class ExtractedActivations:
         Args:
             index: Which, in the order of the dataset; negative from the end.
         Returns:
-            ``input_ids`` [pos] and, by point, its rows [row, ...]; the rows lie in the file.
+            ``input_ids`` [pos] and, by point, its rows [row, ...], as copies.
         Raises:
             IndexError: There is no such sample.
         """
@@ -150,7 +151,9 @@ class ExtractedActivations:
         index %= len(self)
         shard, at, count = (int(x[index]) for x in (self._shard, self._at, self._counts))
         token, length = int(self._tokens_at[index]), int(self._lengths[index])
-        rows = {name: self._files.tensor(shard, name)[at : at + count] for name in self.points}
+        rows = {
+            name: self._files.tensor(shard, name)[at : at + count].clone() for name in self.points
+        }
         tokens = self._files.tensor(shard, TOKENS)[token : token + length].long()
         return {"input_ids": tokens, **rows}
 
@@ -311,7 +314,7 @@ class RowsView:
         """A row by its number; rows of a slice, of indices, or of a mask over all rows."""
         n = len(self)
         if isinstance(which, slice):
-            return self._owner.rows(self.name, torch.arange(*which.indices(n)))
+            return self._owner.rows(self.name, torch.from_numpy(np.arange(*which.indices(n))))
         at = torch.as_tensor(which)
         if at.dtype == torch.bool and at.shape == (n,):
             at = at.nonzero()[:, 0]

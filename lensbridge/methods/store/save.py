@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,9 +22,7 @@ _OFFSETS = "#offsets"
 _SUFFIXES = (".npz", ".safetensors")
 
 
-def save_activations(
-    activations: Mapping[str, Tensor | Ragged], path: str | os.PathLike[str]
-) -> Path:
+def save_activations(activations: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write activations to one file, whole or not at all.
 
     Args:
@@ -105,7 +104,7 @@ def _write_npz(path: Path, tensors: Mapping[str, Tensor]) -> None:
     settle_folder(path.parent)
 
 
-def _array(name: str, x: Tensor) -> np.ndarray[Any, Any]:
+def _array(name: str, x: Tensor) -> NDArray[Any]:
     try:
         return x.numpy()
     except TypeError as error:
@@ -116,7 +115,10 @@ def _array(name: str, x: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as held:
+    with path.open("rb") as file:
+        held = np.load(file, allow_pickle=False)
+        if not isinstance(held, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array without a name")
         return {name: torch.from_numpy(held[name]) for name in held.files}
 
 

@@ -15,7 +15,7 @@ from .extraction import at_least_one
 _STATES, _IDS = "hidden_states", "token_ids"
 
 
-class VLLMHiddenStates(Sequence[dict[str, Tensor]]):
+class VLLMHiddenStates:
     """Prompts that vLLM ran with ``extract_hidden_states``: a map-style dataset of samples.
 
     Args:
@@ -33,7 +33,7 @@ class VLLMHiddenStates(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A prompt: ``input_ids`` [pos] and, by point, the residual stream [pos, d_model], mapped.
 
         Raises:
