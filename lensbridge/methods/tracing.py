@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bridge import Inputs, TransformerBridge
 from ..hooks import HookPoint, InputError, UnknownPointError
-from .sites import LOGITS, SITES, Place, layer_index, place_of, places_of
+from .sites import LOGITS, SITES, layer_index, place_of, places_of
 
 DEFAULT_SITES = ("block_output", "final_norm", LOGITS)
 
@@ -174,7 +174,7 @@ class TransformerTracer:
             for place in places:
                 found[place.site][place.layer] = place.read(held[str(place.point.name)])
             for end in ends:
-                found[LOGITS][end.layer] = _read_off(bridge, held[str(end.point.name)], end, inputs)
+                found[LOGITS][end.layer] = read_off(bridge, held[str(end.point.name)], inputs)
         metadata = {
             "requested_layers": chosen,
             "requested_sites": wanted,
@@ -210,8 +210,16 @@ def _layers(layers: Iterable[int] | int | None, bridge: TransformerBridge) -> li
     return [layer_index(layer, bridge) for layer in given]
 
 
-def _read_off(bridge: TransformerBridge, stream: Tensor, end: Place, inputs: Inputs) -> Tensor:
-    """What the model's own norm, head and soft cap make of a layer's output (nostalgebraist's logit lens)."""
+def read_off(bridge: TransformerBridge, stream: Tensor, inputs: Inputs) -> Tensor:
+    """What the model's own norm, head and soft cap make of a layer's output (nostalgebraist's logit lens).
+
+    Args:
+        bridge: The model.
+        stream: The output, [batch, pos, d_model].
+        inputs: Of the run it is from.
+    Returns:
+        Logits, [batch, pos, d_vocab]; hooks that are set are not heard.
+    """
     given = dict(inputs.kwargs)
     is_decoder = bridge.architecture.main.prefix == "decoder_"
     # The stream stands in for what the layers' own tower would have read.

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from ...hooks import InputError
+from ..figures import (
+    BLUE,
+    DIVERGING,
+    GREEN,
+    GREY,
+    PURPLE,
+    TEXT,
+    VERMILION,
+    plotly,
+    styled,
+)
 from .fitting import NEGATIVE, POSITIVE
 from .results import (
     FACILITATING,
@@ -25,9 +36,7 @@ from .validation import AblationCurve
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# Of the palette of Okabe and Ito (2008), made for every kind of colour vision: those that stand out from
-# white and from black alike. Shapes and dashes say the same again.
-BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
+# Shapes and dashes say what colours say again.
 ROLES = {
     FACILITATING: (BLUE, "circle", "solid"),
     INTERFERING: (VERMILION, "x", "dash"),
@@ -36,9 +45,6 @@ ROLES = {
     UNDECIDED: (GREEN, "triangle-up", "longdash"),
 }
 CURVES = ((BLUE, "solid"), (VERMILION, "dash"), (GREEN, "dot"), (PURPLE, "dashdot"))
-DIVERGING = [[0, VERMILION], [0.5, "#F2F2F2"], [1, BLUE]]
-TEXT, LINES, CLEAR = "#7A7A7A", "rgba(127, 127, 127, 0.25)", "rgba(0, 0, 0, 0)"
-"""Readable on white and on black; the page shows through."""
 
 SCORES = ("facilitation", "interference", "irrelevance")
 UNITS = {"heads": "head", "kv_groups": "KV group", "attn": "attention", "mlp": "MLP"}
@@ -57,7 +63,7 @@ def role_scatter(results: CHGResults, threshold: float = 0.5) -> Figure:
     Raises:
         InputError: A stage was not fitted, or plotly is not installed.
     """
-    go = _plotly()
+    go = plotly()
     open_, closed = (results.gates(stage).mean(0) for stage in (POSITIVE, NEGATIVE))
     labels, told = results.labels(threshold), _told(results)
     figure = go.Figure()
@@ -83,7 +89,7 @@ def role_scatter(results: CHGResults, threshold: float = 0.5) -> Figure:
     edge = {"range": [-0.05, 1.05]}
     figure.update_xaxes(title="G+ (pushed open)", constrain="domain", **edge)
     figure.update_yaxes(title="G- (pushed shut)", scaleanchor="x", **edge)
-    return _styled(figure, "Roles")
+    return styled(figure, "Roles")
 
 
 def head_heatmaps(results: CHGResults) -> Figure:
@@ -97,7 +103,7 @@ def head_heatmaps(results: CHGResults) -> Figure:
     Raises:
         InputError: A stage was not fitted, or plotly is not installed.
     """
-    _plotly()
+    plotly()
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 3, subplot_titles=SCORES, shared_yaxes=True, horizontal_spacing=0.03)
@@ -126,7 +132,7 @@ def head_heatmaps(results: CHGResults) -> Figure:
     figure.update_yaxes(type="category", autorange="reversed", dtick=_every(len(layers)))
     figure.update_yaxes(title="layer", col=1)
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1})
-    return _styled(figure, None)
+    return styled(figure, None)
 
 
 def gate_trajectories(
@@ -148,7 +154,7 @@ def gate_trajectories(
     Raises:
         InputError: A stage, mask or head that is not there, or plotly is not installed.
     """
-    go = _plotly()
+    go = plotly()
     if stage not in results.history:
         kept = ", ".join(results.history) or "no stage"
         raise InputError(f"no gates on the way were kept of stage {stage!r}; there are of {kept}")
@@ -181,7 +187,7 @@ def gate_trajectories(
     figure.update_xaxes(title="update")
     figure.update_yaxes(title="gate", range=[-0.02, 1.02])
     over = "mean over masks" if mask_idx is None else f"mask {mask_idx % results.num_masks}"
-    return _styled(figure, f"Stage {stage!r}, {over}")
+    return styled(figure, f"Stage {stage!r}, {over}")
 
 
 def ablation_plot(curves: Mapping[str, AblationCurve], full: float | None = None) -> Figure:
@@ -195,7 +201,7 @@ def ablation_plot(curves: Mapping[str, AblationCurve], full: float | None = None
     Raises:
         InputError: No curves, or plotly is not installed.
     """
-    go = _plotly()
+    go = plotly()
     if not curves:
         raise InputError(
             "there are no curves to plot: give ablation_plot({name: ablation_curve(...)})"
@@ -216,7 +222,7 @@ def ablation_plot(curves: Mapping[str, AblationCurve], full: float | None = None
         figure.add_hline(full, line={"color": TEXT, "dash": "dot", "width": 1})
     figure.update_xaxes(title="heads closed")
     figure.update_yaxes(title="score")
-    return _styled(figure, "Closing heads one after the other")
+    return styled(figure, "Closing heads one after the other")
 
 
 def cooccurrence_heatmap(
@@ -234,7 +240,7 @@ def cooccurrence_heatmap(
     Raises:
         InputError: The stage was not fitted, there is no such head, or plotly is not installed.
     """
-    go = _plotly()
+    go = plotly()
     together = results.cooccurrence(stage, threshold)
     varies = ~together.diagonal().isnan()
     if not bool(varies.any()):
@@ -258,33 +264,10 @@ def cooccurrence_heatmap(
     )
     figure.update_xaxes(type="category", title="layer.head", constrain="domain")
     figure.update_yaxes(type="category", autorange="reversed", scaleanchor="x", constrain="domain")
-    return _styled(figure, "Kept together, or in each other's place")
+    return styled(figure, "Kept together, or in each other's place")
 
 
 # --- parts --------------------------------------------------------------------------------------------------
-
-
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise InputError("figures need plotly: pip install 'lensbridge[plots]'") from error
-    return go
-
-
-def _styled(figure: Figure, title: str | None) -> Figure:
-    figure.update_layout(
-        template="none",
-        title={"text": title, "x": 0, "xref": "paper"},
-        font={"color": TEXT},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        hovermode="closest",
-        margin={"t": 60, "r": 20},
-    )
-    figure.update_xaxes(gridcolor=LINES, zeroline=False)
-    figure.update_yaxes(gridcolor=LINES, zeroline=False)
-    return figure
 
 
 def _heads_of(results: CHGResults) -> list[Head]:
