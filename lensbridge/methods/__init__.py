@@ -32,6 +32,11 @@ from .concepts import (
     write_saelens,
 )
 from .dla import LogitAttribution, direct_logit_attribution
+from .figures import (
+    Plot,
+    attention_plot,
+    head_scatter,
+)
 from .gating import (
     CHG,
     AblationCurve,
@@ -60,8 +65,20 @@ from .gradients import (
     tensor_grad_hook,
 )
 from .granularity import Aggregation, Granularity
+from .heads import (
+    HeadScores,
+    detect_head,
+    duplicate_token_score,
+    induction_score,
+    previous_token_score,
+    repeated_tokens,
+)
 from .interventions import InterventionSpec, apply_interventions
 from .lens import LensAPI
+from .logit_lens import (
+    LogitLens,
+    logit_lens,
+)
 from .measured import (
     ValueAndGradient,
     logit_difference,
@@ -71,6 +88,9 @@ from .patch_grid import (
 )
 from .patching import (
     activation_patch,
+)
+from .path_patching import (
+    path_patch,
 )
 from .scoring import (
     TokenScores,
@@ -121,16 +141,19 @@ __all__ = [
     "FitUpdate",
     "GateSite",
     "Granularity",
+    "HeadScores",
     "InterventionSpec",
     "JumpReLUSAEConcepts",
     "KLToFull",
     "LensAPI",
     "LogitAttribution",
     "LogitDifference",
+    "LogitLens",
     "ModelAdapter",
     "ModelWithSplitPoints",
     "MpSAEConcepts",
     "PatchGrid",
+    "Plot",
     "Ragged",
     "SAEExplainer",
     "SAELossClasses",
@@ -150,6 +173,7 @@ __all__ = [
     "aggregate_to_sentences",
     "apply_interventions",
     "apply_temperature",
+    "attention_plot",
     "attribution_patching",
     "autograd_node_hook",
     "capture_backward_pre",
@@ -157,7 +181,9 @@ __all__ = [
     "capture_kwargs_hook",
     "check_circuit",
     "dashboard",
+    "detect_head",
     "direct_logit_attribution",
+    "duplicate_token_score",
     "extract_representations",
     "extract_to",
     "fit_together",
@@ -165,18 +191,24 @@ __all__ = [
     "gather_token_scores",
     "get_adapter",
     "get_sentence_token_spans",
+    "head_scatter",
+    "induction_score",
     "input_x_gradient",
     "integrated_gradients",
     "label_concepts",
     "load_activations",
     "logit_difference",
     "logit_effects",
+    "logit_lens",
     "logits_to_log_probs",
     "logits_to_probs",
     "measure_sae",
+    "path_patch",
+    "previous_token_score",
     "read_gemma_scope",
     "read_saelens",
     "read_vllm_hidden_states",
+    "repeated_tokens",
     "save_activations",
     "scores_under",
     "select_final_token",

@@ -36,7 +36,7 @@ class Plot:
 
     Attributes:
         data: What is drawn; which dimensions it has is told where it is made.
-        figure: Plotly's figure, to restyle it.
+        figure: Plotly's figure, to restyle it, or to have plotly show it, which brings its script once.
     """
 
     data: Tensor
@@ -64,11 +64,6 @@ class Plot:
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that nothing around it matters."""
         return f'<iframe srcdoc="{escape(self.html)}" style="width:100%;height:480px;border:0"></iframe>'
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        # As plotly is set up to show figures here, which brings its script once; else the page itself.
-        bundle: dict[str, Any] = self.figure._repr_mimebundle_(include, exclude)
-        return bundle or {"text/html": self._repr_html_()}
 
 
 def attention_plot(

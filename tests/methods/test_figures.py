@@ -164,15 +164,6 @@ def test_a_page(grid: PatchGrid, tmp_path: Path) -> None:
     assert repr(plot) == "Plot(z, patched into the corrupted run, data [3, 2])"
 
 
-def test_in_a_notebook(grid: PatchGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As plotly is set up to show figures there; where it shows none, the page."""
-    plot = grid.plot()
-    monkeypatch.setattr(go.Figure, "_repr_mimebundle_", lambda self, *args: {"text/html": "shown"})
-    assert plot._repr_mimebundle_() == {"text/html": "shown"}
-    monkeypatch.setattr(go.Figure, "_repr_mimebundle_", lambda self, *args: {})
-    assert plot._repr_mimebundle_()["text/html"].startswith("<iframe")
-
-
 def test_refusals(bridge: Any, lens_of: Any, left_alone: Any) -> None:
     """What was given and what there is."""
     with left_alone(lens_of("gpt2")):
