@@ -126,7 +126,8 @@ class WeightTable(Mapping[str, Weight]):
 class _Finder:
     """Goes through an architecture and says what weights there are."""
 
-    def __init__(self, table: WeightTable) -> None:
+    def __init__(self, table: Any) -> None:
+        # A `WeightTable`; annotated so, checkers ask how many it has, which is what this finds out.
         self.model = table.model
         self.architecture = table.architecture
         self.absent = table.absent
