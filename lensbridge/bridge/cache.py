@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,14 +12,15 @@ from torch import Tensor
 
 from ..hooks import HookRegistry, InputError, LayerRangeError, UnknownPointError
 from ..hooks.names import act_name
-
-SliceInput = Any
-"""None (all), an index (drops the dimension), a slice or (start, stop[, step]), or a list of indices."""
+from .cache_file import read_cache, write_cache
+from .slicing import SliceInput, pos_dim, take
+from .sums_parts import PartSums
+from .sums_resid import ResidSums
 
 _GRAD = "_grad"
 
 
-class ActivationCache(Mapping[str, Tensor]):
+class ActivationCache(ResidSums, PartSums, Mapping[str, Tensor]):
     """Activations by canonical name, in the order the model produced them.
 
     Keys may be canonical names, aliases, or TransformerLens shorthand with a layer, which may be negative:
@@ -171,6 +173,13 @@ class ActivationCache(Mapping[str, Tensor]):
         held = {"mask": self.mask, "tokens": self.tokens}
         return {k: None if x is None else take(x, what, dim) for k, x in held.items()}
 
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        """Switch gradients on or off in this thread, everywhere, until they are switched again.
+
+        TransformerLens has it; ``with torch.no_grad():`` ends by itself.
+        """
+        torch.set_grad_enabled(mode)
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ActivationCache:
@@ -228,52 +237,39 @@ class ActivationCache(Mapping[str, Tensor]):
             lambda name, tensor: take(tensor, pos_slice, self._pos_dim(name) - shift), **state
         )
 
+    # --- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this cache to a safetensors file, with mask, tokens and what was left out; `load` reads it.
+
+        Args:
+            path: The file; one that is there is replaced when the new one is whole.
+        """
+        facts = {"has_batch_dim": self.has_batch_dim, "left_out": self.left_out}
+        beside = {"mask": self.mask, "tokens": self.tokens}
+        write_cache(path, self.registry, self.cache_dict, beside, facts)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], bridge: Any, device: torch.device | str | None = None
+    ) -> ActivationCache:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            bridge: A `TransformerBridge` on the model it is of.
+            device: Where to put the tensors; the CPU unless given.
+        Raises:
+            FileNotFoundError: No such file.
+            InputError: No such cache, or one of a model with other layers, names or widths.
+        """
+        values, beside, facts = read_cache(path, bridge.registry)
+        kept = {name: facts[name] for name in ("has_batch_dim", "left_out")}
+        made = cls(values, bridge.registry, **beside, **kept)
+        return made if device is None else made.to(device)
+
     def _rows(self) -> int:
         return max((tensor.shape[0] for tensor in self.cache_dict.values()), default=0)
 
     def _pos_dim(self, name: str) -> int:
         return pos_dim(self.registry[name.removesuffix(_GRAD)].axes)
-
-
-def pos_dim(axes: str) -> int:
-    """Which dimension runs over positions; the query dimension of scores and patterns."""
-    names = axes.split()
-    return names.index("pos" if "pos" in names else "query")
-
-
-def take(tensor: Tensor, what: SliceInput, dim: int) -> Tensor:
-    """Slice one dimension; an int drops it.
-
-    Raises:
-        InputError: Not a slice.
-    """
-    if what is None:
-        return tensor
-    if isinstance(what, bool):
-        raise InputError(
-            "a slice is None, an int, a slice, (start, stop), or a list of indices, got a bool"
-        )
-    length = tensor.shape[dim]
-    if isinstance(what, int):
-        _check_index(what, length)
-        return tensor.select(dim, what)
-    if isinstance(what, tuple):
-        what = slice(*what)
-    if isinstance(what, slice):
-        index: list[Any] = [slice(None)] * dim
-        return tensor[(*index, what)]
-    if isinstance(what, (list, Tensor)):
-        indices = torch.as_tensor(what, device=tensor.device).reshape(-1)
-        indices = indices if indices.numel() else indices.long()  # an empty list says no dtype
-        for entry in indices.tolist():
-            _check_index(entry, length)
-        # index_select knows no negative indices.
-        return tensor.index_select(dim, torch.where(indices < 0, indices + length, indices))
-    raise InputError(
-        f"a slice is None, an int, a slice, (start, stop), or a list of indices, got {type(what).__name__}"
-    )
-
-
-def _check_index(index: int, length: int) -> None:
-    if not -length <= index < length:
-        raise InputError(f"index {index} is outside the {length} entries of that dimension")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..hooks import HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
 from .architecture import Architecture
-from .cache import ActivationCache, SliceInput
+from .cache import ActivationCache
 from .config import BridgeConfig
 from .inputs import Inputs, is_text
 from .live import LiveRecorder, Sink, record_generation, unchanged
@@ -22,6 +22,7 @@ from .record import is_explicit
 from .request import Request, check_room, prompt_of, set_ends, set_sampling
 from .run import Stack
 from .sampling import Progress
+from .slicing import SliceInput
 from .steps import Steps
 from .stream import in_turns, pieces_of_text
 from .tokens import PaddingSide, Tokens

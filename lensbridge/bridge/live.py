@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import HookFunction, HookPoint, HookRegistry, InputError, LensError, Step
-from .cache import ActivationCache, SliceInput, pos_dim, take
+from .cache import ActivationCache
 from .inputs import takes, takes_positions
 from .past import NAMES, with_copied_past
 from .record import check_versions
 from .request import Request
 from .run import Stack
 from .sampling import real_tokens
+from .slicing import SliceInput, pos_dim, take
 from .steps import Steps
 from .tokens import positions_from_mask
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..hooks import GradientError, HookFunction, HookPoint, HookRegistry, InputError, LensError
 from ..hooks.registry import Selection
-from .cache import ActivationCache, SliceInput, pos_dim, take
+from .cache import ActivationCache
 from .inputs import Inputs
+from .slicing import SliceInput, pos_dim, take
 
 
 class Recorder:

@@ -75,6 +75,7 @@ class HookRegistry(Mapping[str, HookPoint]):
         self._extra = extra
         self.layers = "blocks"  # where shorthand like ("resid_post", 3) looks
         self.weights: Any = {}  # what else has a name in the model: a table of the same names' weights
+        self.owner: Any = None  # what the points are in, for whoever builds the registry to say
         self._made: dict[str, HookPoint] = {}  # by `extra`, when first asked for
         self._points: dict[str, HookPoint] = {}
         self.aliases: dict[str, str] = {}

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...bridge import TransformerBridge
+from ...bridge import TransformerBridge, module_of
 from ...hooks import InputError
-from ..dla import module_of
 
 
 @torch.no_grad()
