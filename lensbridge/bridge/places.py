@@ -314,6 +314,7 @@ def _results(module: nn.Module, z: Float[Tensor, "*rows head d_head"]) -> Tensor
             return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (n, d)))
     # A layer whose weight is no plain matrix (quantised, LoRA): one head at a time through the layer itself.
     alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
-    out = module.forward(alone)
+    # Flat: packed layers know no more than three axes.
+    out = module.forward(alone.flatten(0, -2)).unflatten(0, alone.shape[:-1])
     bias = bias_of(module, z.flatten(-2))
     return out if bias is None else out - bias.unsqueeze(-2)

@@ -264,6 +264,50 @@ def test_offload_to_disk(
     assert {p.device.type for p in model.get_submodule(last[0]).parameters()} == {"meta"}
 
 
+PLACED = {
+    "explicit": lambda family: {
+        "device_map": {
+            part: "disk" if part.endswith(("1", "ln_f", "norm")) else "cpu"
+            for part in PARTS[family]
+        }
+    },
+    "auto": lambda family: {"device_map": "auto", "max_memory": {"cpu": 60_000}},
+    "balanced": lambda family: {"device_map": "balanced", "max_memory": {"cpu": 60_000}},
+    "sequential": lambda family: {"device_map": "sequential", "max_memory": {"cpu": 60_000}},
+}
+
+
+@pytest.mark.parametrize("how", PLACED)
+def test_device_maps(
+    folder: str, family: str, how: str, byhand: Any, tiny: Any, ids: Tensor, tmp_path: Path
+) -> None:
+    """Loaded with parts on disk: the same values, edits, gradients and weights; and it stays where it is."""
+    bridge = boot(folder, offload_folder=str(tmp_path), **PLACED[how](family))
+    assert any(p.is_meta for p in bridge.parameters())
+    plain = boot(folder)
+    for name in ("W_E", "W_U"):
+        assert torch.equal(getattr(bridge, name), getattr(plain, name))
+    for part in ("attn.W_Q", "attn.W_O", "mlp.W_in", "mlp.b_out", "ln1.w"):
+        assert torch.equal(bridge.weight(f"blocks.1.{part}"), plain.weight(f"blocks.1.{part}"))
+    at = "blocks.0.hook_out"
+    slopes = []
+    for each in (bridge, plain):
+        caught: list[Tensor] = []
+        with each.hooks(bwd_hooks=[(at, lambda grad, hook, caught=caught: caught.append(grad))]):
+            each(ids, return_type="loss").backward()
+        slopes.append(caught[0])
+    assert torch.equal(*slopes)
+    for change in ({"device": "cpu"}, {"dtype": torch.float64}):
+        with pytest.raises(InputError, match=r"spread over.*load it again"):
+            bridge.to(**change)
+    check_as_usual(bridge, family, byhand, tiny, ids)
+
+
+def test_everything_on_one_device_moves(folder: str) -> None:
+    """A device_map that is one place leaves the model free."""
+    assert boot(folder, device_map={"": "cpu"}).to(torch.float64).dtype == torch.float64
+
+
 def snapshot_of_hooks(model: Any) -> dict[str, Any]:
     """Forwards (accelerate's own), hooks and places of the weights."""
     return {
