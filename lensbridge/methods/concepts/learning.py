@@ -70,7 +70,8 @@ class Learning:
         gives the same concepts on the same machine; the caller's random state is left alone.
 
         Args:
-            activations: Floats [n, d], or a list of such; or texts, or an iterable of texts or of rows.
+            activations: Floats [n, d], or a list of such; or texts, or an iterable of texts or of rows, such
+                as what `extract_to` wrote.
             use_amp: Compute in half precision: bfloat16 where the device has it, or the dtype given. A batch
                 whose loss is not finite is done again in full precision.
             batch_size: Rows a step.
@@ -186,7 +187,7 @@ def fit_together(
     Args:
         explainers: What to fit.
         activations: Texts, or an iterable of texts; or rows: an iterable of mappings from hook points to
-            floats [n, d] (or of such floats, where all explainers are at one place).
+            floats [n, d], such as what `extract_to` wrote (or of such floats, where all are at one place).
         **options: As in `SAEExplainer.fit`, for all of them.
     Returns:
         The history of each.

@@ -155,17 +155,18 @@ def _read_texts(
 
 def _read_rows(bridge: TransformerBridge, names: Sequence[str], item: Any) -> Mapping[str, Tensor]:
     made = {names[0]: item} if isinstance(item, Tensor) and len(names) == 1 else item
-    if isinstance(made, Mapping):
-        made = {str(bridge.registry[key].name): rows for key, rows in made.items()}
-    else:
+    if not isinstance(made, Mapping):
         raise InputError(
             f"rows for {len(names)} places come as a mapping of hook points to tensors, got "
             f"{type(item).__name__}"
         )
+    # What else a store has of a text (its tokens) is no point.
+    known = {key: rows for key, rows in made.items() if key in bridge.registry}
+    made = {str(bridge.registry[key].name): rows.flatten(1) for key, rows in known.items()}
     missing = [name for name in names if name not in made]
     if missing:
         raise InputError(
-            f"there are no rows for {', '.join(missing)}, only for {', '.join(map(str, made))}"
+            f"there are no rows for {', '.join(missing)}, only for {', '.join(map(str, item))}"
         )
     sizes = {name: len(made[name]) for name in names}
     if len(set(sizes.values())) > 1:

@@ -20,6 +20,7 @@ from lensbridge import (
     TransformerBridge,
     VanillaSAEConcepts,
     demo,
+    extract_to,
     fit_together,
 )
 from lensbridge.demo.tasks import documents
@@ -250,6 +251,31 @@ def test_rows_of_any_iterable(bridge: TransformerBridge, texts: list[str]) -> No
         for own in (streamed, at_once)
     ]
     assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
+def test_a_store_on_disk(bridge: TransformerBridge, texts: list[str], tmp_path: Path) -> None:
+    """What was extracted once trains as texts do: each of its rows once an epoch, at several places."""
+    points = ["blocks.1.hook_out", "blocks.0.attn.hook_z"]
+    store = extract_to(tmp_path / "store", bridge, texts, points, batch_size=16)
+    both = [sae(bridge, point) for point in points]
+    options: dict[str, Any] = {"nb_epochs": 2, "batch_size": 64}
+    seen: dict[int, list[Tensor]] = {}
+    train = Trainer.train
+
+    def spy(self: Trainer, rows: Tensor) -> None:
+        seen.setdefault(id(self), []).append(rows.clone())
+        train(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", spy)
+        found = fit_together(both, store, stream=SMALL, **options)
+    assert [len(history["loss"]) for history in found] == [2, 2]
+    for point, batches in zip(points, seen.values(), strict=True):
+        whole = store[point][:].flatten(1)
+        own, times = torch.cat(batches).unique(dim=0, return_counts=True)
+        expected, each = whole.unique(dim=0, return_counts=True)
+        assert torch.equal(own, expected)
+        assert torch.equal(times, 2 * each)
 
 
 def test_an_epoch_may_have_fewer_rows(
