@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from ..hooks import AbsentPointError, ArchitectureError
 from .architecture import Architecture, Attention, Block, Branch, Mixer, Mlp
-from .parameters import WeightTable, visit_of
+from .linear import visit_of
+from .matrix import first_float
+from .parameters import WeightTable
 
 
 class BiasSum:
@@ -28,10 +30,8 @@ class BiasSum:
         """What has come together where a layer, or its MLP, reads the stream; [d_model]."""
         held: Tensor | None = None
         for at, block in enumerate(self.tower.blocks[: index + mlp_input]):
-            for branch in block.branches:
+            for branch in block.branches if at < index else before_mlp(block):
                 is_mlp = isinstance(branch.part, Mlp)
-                if at == index and (is_mlp or branch.joins):
-                    break  # what runs beside the MLP has not been added when that reads
                 own = self.added(f"{self.tower.prefix}blocks.{at}", block, branch)
                 if is_mlp and not include_mlp_biases:
                     own = torch.zeros_like(own)
@@ -100,11 +100,19 @@ class BiasSum:
 
     def nothing(self) -> Tensor:
         """Zeros as wide as the stream."""
-        first = next(p for p in self.model.parameters() if p.is_floating_point())
         width = None
         if self.tower.blocks:
             visit = visit_of(self.tower, self.tower.blocks[0], self.tower.blocks[0].path)
             width = None if visit is None else getattr(visit.entering, "shape", (None,))[-1]
         if width is None:
             raise AbsentPointError(f"it is not known how wide the stream is: {self.tower.unproved}")
-        return first.new_zeros(width)
+        return first_float(self.model).new_zeros(width)
+
+
+def before_mlp(block: Block) -> tuple[Branch, ...]:
+    """What a layer has added when its MLP reads the stream: nothing of what runs beside that."""
+    branches = block.branches
+    first = next((i for i, b in enumerate(branches) if isinstance(b.part, Mlp)), len(branches))
+    while 0 < first < len(branches) and branches[first].joins:
+        first -= 1
+    return branches[:first]

@@ -40,10 +40,11 @@ def position_rows(module: nn.Module) -> Float[Tensor, "n_ctx d_model"]:
         ArchitectureError: It looks nothing up.
     """
     weight = _table(module)
-    offset = module.__dict__.get(
-        "offset", 0
-    )  # OPT and BART keep two rows before that of position 0
-    return weight[offset:] if isinstance(offset, int) else weight
+    # OPT and BART keep two rows in front of that of position 0.
+    offset = module.__dict__.get("offset", 0)
+    if type(module).__name__ in _BEHIND_PADDING:
+        offset = module.__dict__["padding_idx"] + 1
+    return weight[offset:]
 
 
 def is_lookup(module: nn.Module) -> bool:

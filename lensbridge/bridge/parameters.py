@@ -222,6 +222,8 @@ class _Finder:
         with align_module_device(module):
             held = own_parameter(module, parameter)
             other = next((p for p in module._parameters.values() if p is not None), None)
+        if other is not None and width is not None and len(other) != width:
+            raise ArchitectureError(f"{norm.path} normalises another axis than the last")
         if held is not None:
             return held + norm.offset if parameter == "weight" and norm.offset else held
         like = first_float(self.model) if other is None else other
