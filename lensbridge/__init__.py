@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         SAEExplainer,
         SAELossClasses,
         SAEMetrics,
+        SingularVectors,
         SplitterForGeneration,
         Streaming,
         TargetTokens,
@@ -129,11 +130,14 @@ if TYPE_CHECKING:
         scores_under,
         select_final_token,
         stream_representations,
+        svd_of,
         tensor_grad_hook,
         write_saelens,
     )
 
 _HOME = {
+    "SingularVectors": "methods",
+    "svd_of": "methods",
     "Plot": "methods",
     "attention_plot": "methods",
     "head_scatter": "methods",
@@ -306,6 +310,7 @@ __all__ = [
     "SAELossClasses",
     "SAEMetrics",
     "SelectionError",
+    "SingularVectors",
     "SplitterForGeneration",
     "Step",
     "Streaming",
@@ -366,6 +371,7 @@ __all__ = [
     "scores_under",
     "select_final_token",
     "stream_representations",
+    "svd_of",
     "tensor_grad_hook",
     "write_saelens",
 ]

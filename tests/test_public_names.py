@@ -67,6 +67,7 @@ PUBLIC = [
     "SAELossClasses",
     "SAEMetrics",
     "SelectionError",
+    "SingularVectors",
     "SplitterForGeneration",
     "Step",
     "Streaming",
@@ -127,6 +128,7 @@ PUBLIC = [
     "scores_under",
     "select_final_token",
     "stream_representations",
+    "svd_of",
     "tensor_grad_hook",
     "write_saelens",
 ]

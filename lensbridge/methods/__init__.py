@@ -118,6 +118,10 @@ from .store import (
     save_activations,
     stream_representations,
 )
+from .svd import (
+    SingularVectors,
+    svd_of,
+)
 from .tracing import TraceResult, TransformerTracer
 
 __all__ = [
@@ -158,6 +162,7 @@ __all__ = [
     "SAEExplainer",
     "SAELossClasses",
     "SAEMetrics",
+    "SingularVectors",
     "SplitterForGeneration",
     "Streaming",
     "TargetTokens",
@@ -213,6 +218,7 @@ __all__ = [
     "scores_under",
     "select_final_token",
     "stream_representations",
+    "svd_of",
     "tensor_grad_hook",
     "write_saelens",
 ]
