@@ -140,6 +140,9 @@ def block(build: Builder, name: str, one: Block) -> None:
         if branch.ln is not None and branch.place != "after" and not _shares(one, index):
             read = (f"{name}.hook_mlp_in",) if branch.name == "mlp" else ()
             build.norm(f"{name}.ln{branch.number}", branch.ln, build.stream, in_aliases=read)
+        elif branch.name == "mlp" and branch.place == "before" and _shares(one, index):
+            why = f"the MLP reads the stream through the norm of {one.branches[index - 1].name}"
+            build.lacks(f"{why}; see ln{branch.number}.hook_in", f"{name}.hook_mlp_in")
         part = f"{name}.{branch.name}"
         if isinstance(branch.part, Attention):
             head_inputs(build, part, branch, branch.part)
