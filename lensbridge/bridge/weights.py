@@ -64,7 +64,7 @@ class Weights(Layers):
         return self._of_main("pos_embed.W_pos")
 
     @property
-    def W_E_pos(self) -> Float[Tensor, "d_vocab+n_ctx d_model"]:
+    def W_E_pos(self) -> Float[Tensor, "row d_model"]:
         """`W_E`, and below it `W_pos`."""
         return torch.cat([self.W_E, self.W_pos])
 
