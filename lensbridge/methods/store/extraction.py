@@ -158,6 +158,7 @@ class Extraction:
         bridge = self.bridge
         self._check_ids(job)
         ids, beside = job.inputs(pad_id_of(bridge, bridge.tokenizer))
+        told: dict[str, Any] = {**beside, **no_cache(bridge)}
 
         def take(shown: Tensor, hook: HookPoint) -> Tensor:
             return self._taken(shown, hook, job)
@@ -167,7 +168,7 @@ class Extraction:
                 bridge,
                 self.points.values(),
                 take,
-                lambda: bridge(ids, return_type=None, **beside, **no_cache(bridge)),
+                lambda: bridge(ids, return_type=None, **told),
             )
         moved = {
             name: self._mover.move(found[str(point.name)]) for name, point in self.points.items()

@@ -116,4 +116,4 @@ def _blocks(pieces: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> Ite
     for name in names:
         for piece in pieces[name]:
             if piece.numel():
-                yield memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+                yield piece.contiguous().view(-1).view(torch.uint8).numpy().data

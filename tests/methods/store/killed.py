@@ -15,8 +15,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -60,7 +62,7 @@ def ranks(world: int, work: Callable[[], Any]) -> list[int]:
         os.environ.update({name: str(value) for name, value in {**told, **address}.items()})
         work()
 
-    return [forked(lambda rank=rank: as_rank(rank)) for rank in range(world)]
+    return [forked(partial(as_rank, rank)) for rank in range(world)]
 
 
 class Trials:
@@ -80,7 +82,7 @@ class Trials:
         self.bridge = TransformerBridge(transformers.LlamaForCausalLM(config).eval())
         chosen = random.Random(0)
         self.data = [
-            [chosen.randrange(100) for _ in range(chosen.randint(1, 30))] for _ in range(160)
+            [chosen.randrange(100) for _ in range(chosen.randint(1, 30))] for _ in range(120)
         ]
         self.expected = extract_representations(self.bridge, self.data, POINTS, 4)
 
@@ -100,19 +102,15 @@ class Trials:
         )
 
     def killed_by_the_clock(self, seed: int, longest: float) -> dict[str, Any]:
-        """Killed up to twice, after random times; then left alone."""
+        """Killed after a random time, and gone on with."""
         path, chosen = self.folder / f"clock{seed}", random.Random(seed)
-        kills, finished = 0, False
-        for _ in range(2):
-            pid = forked(lambda: self.extract(path))
-            time.sleep(chosen.uniform(0, longest))
-            os.kill(pid, signal.SIGKILL)
-            how = ended(pid)
-            kills += how == -signal.SIGKILL
-            finished = finished or how == 0
+        pid = forked(lambda: self.extract(path))
+        time.sleep(chosen.uniform(0, longest))
+        os.kill(pid, signal.SIGKILL)
+        killed = ended(pid) == -signal.SIGKILL
         code = ended(forked(lambda: self.extract(path)))
         sums = {file.name: checksum(file) for file in path.glob("*.safetensors")}
-        return {"kills": kills, "code": code, "right": self.is_right(path), "sums": sums}
+        return {"killed": killed, "code": code, "right": self.is_right(path), "sums": sums}
 
     def killed_at_a_write(self, number: int) -> dict[str, Any]:
         """Killed just before, or in the midst of, what is done for the n-th time to have something on the disk."""
@@ -127,8 +125,8 @@ class Trials:
                     os.kill(os.getpid(), signal.SIGKILL)
                 settle(handle)
 
-            os.fsync = counted
-            self.extract(path)
+            with mock.patch.object(os, "fsync", counted):
+                self.extract(path)
 
         killed = ended(forked(work)) == -signal.SIGKILL
         code = ended(forked(lambda: self.extract(path)))
@@ -164,7 +162,7 @@ def main() -> None:
     found = {
         "whole": {"code": whole, "right": trials.is_right(trials.folder / "whole"), "sums": sums},
         "clock": [trials.killed_by_the_clock(seed, longest) for seed in range(20)],
-        "write": [trials.killed_at_a_write(number) for number in (1, 2, 3, 4, 5, 6, 17, 18, 19)],
+        "write": [trials.killed_at_a_write(number) for number in (1, 2, 3, 4, 5, 6, 17)],
         "ranks": [trials.several_ranks(*pair, wait=30) for pair in ((0, 2), (2, 3), (3, 1))],
     }
     print(json.dumps(found))

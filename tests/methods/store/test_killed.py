@@ -40,17 +40,17 @@ def test_left_alone(found: Any) -> None:
     """A child that is not killed extracts what its parent did in memory, in many shards."""
     assert found["whole"]["code"] == 0
     assert found["whole"]["right"]
-    assert len(found["whole"]["sums"]) > 12
+    assert len(found["whole"]["sums"]) > 9
 
 
 def test_killed_at_random_times(found: Any) -> None:
-    """Twenty seeds, up to two kills each: the same files, byte for byte, as if nothing had been."""
+    """Twenty seeds: the same files, byte for byte, as if nothing had been."""
     assert len(found["clock"]) == 20
     for trial in found["clock"]:
         assert trial["code"] == 0
         assert trial["right"]
         assert trial["sums"] == found["whole"]["sums"]
-    assert sum(trial["kills"] for trial in found["clock"]) >= 8
+    assert sum(trial["killed"] for trial in found["clock"]) >= 5
 
 
 def test_killed_at_every_kind_of_write(found: Any) -> None:

@@ -250,7 +250,7 @@ def test_stream_leaves_the_model_alone_between_batches(
 
 def test_stream_reads_a_window_ahead_and_no_more(llama_bridge: Any) -> None:
     """Of a dataset without end, 64 batches are read for the first."""
-    read = []
+    read: list[int] = []
 
     def forever() -> Iterator[list[int]]:
         while True:

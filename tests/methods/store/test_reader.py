@@ -237,6 +237,10 @@ def spoil(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "index.json").write_text(json.dumps(index))
 
 
+def sized(size: int) -> Callable[[dict[str, Any]], Any]:
+    return lambda index: index["shards"][0].update(bytes=size)
+
+
 def renamed(name: str) -> Callable[[dict[str, Any]], Any]:
     return lambda index: index["shards"][0].update(file=name)
 
@@ -311,7 +315,7 @@ def test_shards_of_another_kind(copied: Path) -> None:
         kept = {k: v for k, v in {**held, **change}.items() if v is not None}
         save_file(kept, shard)
         size = shard.stat().st_size
-        spoil(copied, lambda index, size=size: index["shards"][0].update(bytes=size))
+        spoil(copied, sized(size))
         with pytest.raises(InputError, match=r"damaged|index says"):
             ExtractedActivations(copied).load()
 
