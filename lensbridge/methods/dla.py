@@ -92,21 +92,12 @@ def direct_logit_attribution(
         InputError: Tokens or positions that are not there.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
-    whole, registry = bridge.registry.owner, bridge.registry
-    end = len(bridge.architecture.blocks)
-    refuse_sum(whole, registry, end)
-    if per_head and not any(name.endswith(".hook_result") for name in registry):
-        raise registry.missing(f"{registry.layers}.0.attn.hook_result")
-    refuse_head(whole, registry, linearise=linearise)
+    registry = bridge.registry
+    _check_whole(bridge, per_head)
+    refuse_head(registry.owner, registry, linearise=linearise)
     with torch.inference_mode(False), torch.no_grad():
-        seen = _Seen(bridge, prepared(bridge, input, run_kwargs), positions, per_head)
-        stream = Stream(whole, registry, seen, seen["unembed.hook_in"])
-        wanted_parts = Wanted(heads=per_head, checks=True)
-        stream.follow(stream_steps(whole, registry, end, wanted_parts))
-        stream.follow(leaving(whole))
-        read = stream.read("unembed.hook_in")
-        tolerance = tolerance_of(seen["unembed.hook_in"])
-        stream.multiply(head_factor(whole, stream.total, read, tolerance))
+        stream = _at_head(bridge, prepared(bridge, input, run_kwargs), positions, per_head)
+        seen = stream.seen
         logits, scale = seen["logits"], bridge.architecture.logit_scale
         if scale is None:
             logits, scale = seen["unembed.hook_out"], 1.0
@@ -127,6 +118,50 @@ def direct_logit_attribution(
             "linear, or a hook that is set changes what it makes"
         )
     return LogitAttribution(tuple(labels), made, total)
+
+
+def parts_at_head(
+    bridge: TransformerBridge, inputs: Inputs, *, per_head: bool = False
+) -> tuple[tuple[str, ...], Float[Tensor, "component batch pos d_model"]]:
+    """What each part of the model adds to what the head reads, at every position, norms' scales held.
+
+    Args:
+        bridge: The model.
+        inputs: What to run.
+        per_head: Each head of an attention by itself, and the bias of its output projection.
+    Returns:
+        Labels and parts, as in `LogitAttribution`; they sum to what the run showed at ``unembed.hook_in``.
+    Raises:
+        ArchitectureError, AbsentPointError: As in `direct_logit_attribution`.
+    """
+    _check_whole(bridge, per_head)
+    refuse_head(bridge.registry.owner, bridge.registry, linearise=True)
+    with torch.inference_mode(False), torch.no_grad():
+        stream = _at_head(bridge, inputs, None, per_head)
+    labels = tuple(x for one, part in stream.groups for x in one.points(range(len(part))))
+    return labels, torch.cat([part for _, part in stream.groups])
+
+
+def _check_whole(bridge: TransformerBridge, per_head: bool) -> None:
+    """Whether the stream is a sum, and its heads are to be had."""
+    registry = bridge.registry
+    refuse_sum(registry.owner, registry, len(bridge.architecture.blocks))
+    if per_head and not any(name.endswith(".hook_result") for name in registry):
+        raise registry.missing(f"{registry.layers}.0.attn.hook_result")
+
+
+def _at_head(bridge: TransformerBridge, inputs: Inputs, positions: Any, per_head: bool) -> Stream:
+    """The stream in parts, followed to where the head reads it."""
+    whole, registry = bridge.registry.owner, bridge.registry
+    seen = _Seen(bridge, inputs, positions, per_head)
+    stream = Stream(whole, registry, seen, seen["unembed.hook_in"])
+    wanted = Wanted(heads=per_head, checks=True)
+    stream.follow(stream_steps(whole, registry, len(bridge.architecture.blocks), wanted))
+    stream.follow(leaving(whole))
+    read = stream.read("unembed.hook_in")
+    tolerance = tolerance_of(seen["unembed.hook_in"])
+    stream.multiply(head_factor(whole, stream.total, read, tolerance))
+    return stream
 
 
 def _count(wanted: Tensor, value: float, tokens: Any, what: str) -> None:

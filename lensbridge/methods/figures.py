@@ -112,7 +112,7 @@ def attention_plot(
     data = torch.cat(found)[:, chosen]
     words = _words(bridge, inputs.tokens, data.shape[-1])
     figure = go.Figure()
-    steps = []
+    steps: list[Any] = []
     for row, place in enumerate(places):
         for column, head in enumerate(chosen):
             # Rounded: thousands of digits that nobody sees make a heavy page.

@@ -123,7 +123,9 @@ def repeated_tokens(
         [pool[torch.randperm(len(pool), generator=random)[:length]] for _ in range(batch)]
     )
     rows = rows.repeat(1, 2)
-    return torch.cat([torch.full_like(rows[:, :1], bos), rows], 1) if wants_bos else rows
+    if bos is None or not wants_bos:
+        return rows
+    return torch.cat([torch.full((batch, 1), bos), rows], 1)
 
 
 def previous_token_score(bridge: TransformerBridge, **drawn: Any) -> HeadScores:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..bridge import Inputs, TransformerBridge
+from ..bridge import Inputs, TransformerBridge, module_of
 from ..hooks import HookPoint, InputError
+from .dla import parts_at_head
 from .measured import prepared, token_ids
 from .scoring import last_real
 from .sites import layer_index, place_of
@@ -189,7 +190,7 @@ def _depths(
 ) -> Iterator[tuple[str, Tensor]]:
     """Logits read off the stream, layer by layer; one set of them exists at a time."""
     if layers is None:
-        outputs = range(len(bridge.architecture.blocks))
+        outputs = list(range(len(bridge.architecture.blocks)))
         places = [place_of("block_input", 0, bridge)]
     else:
         outputs = [
@@ -214,8 +215,6 @@ def _parts(
     bridge: TransformerBridge, inputs: Inputs, per_head: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The logits that each part adds; one set of them exists at a time."""
-    from .dla import module_of, parts_at_head
-
     labels, parts = parts_at_head(bridge, inputs, per_head=per_head)
     head = module_of(bridge.registry["unembed.hook_in"])
     scale = bridge.architecture.logit_scale or 1.0

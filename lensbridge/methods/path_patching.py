@@ -170,7 +170,7 @@ def _points(bridge: TransformerBridge, senders: Any) -> list[tuple[str, int, int
     if isinstance(senders, str) and senders in _SWEEPS:
         places = sites_at(bridge, _SWEEPS[senders], None)
         return [(str(place.point.name), place.layer or 0, None) for place in places]
-    found = []
+    found: list[tuple[str, int, int | None]] = []
     nodes = senders if isinstance(senders, list) else [senders]
     for node in nodes:
         match node:

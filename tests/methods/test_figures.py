@@ -12,7 +12,6 @@ import torch
 
 from lensbridge.hooks import AbsentPointError, InputError
 from lensbridge.methods.figures import (
-    Plot,
     attention_plot,
     head_plot,
     head_scatter,
@@ -132,7 +131,7 @@ def test_heads(grid: PatchGrid, bridge: Any) -> None:
     (trace,) = plot.figure.data
     assert list(trace.text) == [f"{i}.{j}" for i in (0, 1) for j in range(4)]
     assert plot.figure.layout.xaxis.title.text == "previous token"
-    mixed = head_scatter(scores, PatchGrid("z", *_same_heads(), 3.0, 1.0))
+    mixed = head_scatter(scores, _same_heads())
     assert len(mixed.data) == 3
     assert mixed.data[1].tolist() == pytest.approx([0.9, 1.0])
     with pytest.raises(InputError, match=r"x has the heads 0.0, 0.1, .* and y 0.0"):
@@ -141,9 +140,9 @@ def test_heads(grid: PatchGrid, bridge: Any) -> None:
         head_scatter(PatchGrid("mlp_out", ("layer",), ((0,),), torch.ones(1), 1.0, 0.0), y)
 
 
-def _same_heads() -> Any:
+def _same_heads() -> PatchGrid:
     values = torch.tensor([[1.0, 2.0], [3.0, torch.nan]])
-    return ("layer", "head"), ((0, 3), (0, 1)), values
+    return PatchGrid("z", ("layer", "head"), ((0, 3), (0, 1)), values, 3.0, 1.0)
 
 
 def test_a_page(grid: PatchGrid, tmp_path: Path) -> None:
@@ -190,11 +189,3 @@ def test_without_plotly(monkeypatch: pytest.MonkeyPatch, bridge: Any, grid: Patc
     ):
         with pytest.raises(InputError, match=r"pip install 'lensbridge\[plots\]'"):
             draw()
-
-
-def test_plot_is_a_record(grid: PatchGrid) -> None:
-    """Numbers and figure, neither to be set anew."""
-    plot = grid.plot()
-    assert isinstance(plot, Plot)
-    with pytest.raises(AttributeError):
-        plot.data = torch.zeros(1)

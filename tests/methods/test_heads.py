@@ -46,6 +46,7 @@ def _looked_back(kind: str, tokens: Tensor, attention: Tensor, first: int) -> Te
         for query in range(first + 1, tokens.shape[1]):
             for key in range(first, query + (kind == "induction")):
                 earlier = tokens[row, :query].tolist()
+                fits: Any
                 if kind == "previous_token":
                     fits = key == query - 1
                 elif kind == "duplicate_token":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lensbridge.demo import tasks
-from lensbridge.hooks import InputError, LayerRangeError
+from lensbridge.hooks import ArchitectureError, InputError, LayerRangeError
 from lensbridge.methods.logit_lens import logit_lens
 
 ENDS: dict[str, Any] = {
@@ -174,6 +174,50 @@ def test_models_without_predictions(
         logit_lens(TransformerBridge(new_classifier()), ids)
     with pytest.raises(InputError, match="head"):
         logit_lens(TransformerBridge(tiny("gpt2").transformer), ids)
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("components", [True, "heads"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "granite", "gemma2", "gpt_neox", "olmo2"])
+def test_parts_sum_to_the_logits(lens_of: Any, ids: Tensor, name: str, components: Any) -> None:
+    """The logits of all parts sum to what the head makes, less its bias: read back from log-probabilities."""
+    lens = lens_of(name)
+    found = logit_lens(lens.bridge, ids, components=components, top_k=160)
+    # All tokens of the vocabulary, in their order; each part up to a constant.
+    order = found.top_tokens.argsort(-1)
+    logits = found.top_log_probs.gather(-1, order).sum(0)
+    with torch.no_grad(), lens.bridge.hooks() as scope:
+        held: dict[str, Tensor] = {}
+        scope.observe([lens.bridge.registry["unembed.hook_out"]], lambda x, hook: held.update(x=x))
+        lens.bridge(ids)
+    scale = lens.bridge.architecture.logit_scale or 1.0
+    expected = held["x"] * scale
+    torch.testing.assert_close(
+        logits - logits.mean(-1, keepdim=True),
+        expected - expected.mean(-1, keepdim=True),
+        atol=2e-3,
+        rtol=1e-3,
+    )
+    heads = [label for label in found.labels if "hook_result" in label]
+    assert len(heads) == (8 if components == "heads" else 0)
+
+
+def test_a_part_by_hand(lens_of: Any, plain: Any, ids: Tensor) -> None:
+    """An MLP's output divided by the scale the final norm had for the whole, through the head."""
+    lens = lens_of("llama")
+    found = logit_lens(lens.bridge, ids, target=9, components=True)
+    seen = plain.read(lens.model, ids, "model.layers.1.mlp", "model.norm<")
+    whole = seen["model.norm<"][0]
+    with torch.no_grad():
+        scale = (whole.square().mean(-1, keepdim=True) + lens.model.config.rms_norm_eps).sqrt()
+        part = seen["model.layers.1.mlp"][0] / scale * lens.model.model.norm.weight
+        expected = lens.model.lm_head(part).log_softmax(-1)[..., 9]
+    depth = found.labels.index("blocks.1.hook_mlp_out")
+    torch.testing.assert_close(found.target_log_probs[depth], expected)
+    with pytest.raises(ArchitectureError, match="more than one linear map"):
+        logit_lens(lens_of("bert", "masked").bridge, ids, components=True)
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

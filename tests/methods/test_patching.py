@@ -17,10 +17,13 @@ from lensbridge.hooks import (
     UnknownPointError,
     act_name,
 )
-from lensbridge.methods import patching
-from lensbridge.methods.attribution import attribution_patching
+from lensbridge.methods import attribution, patching
 from lensbridge.methods.measured import logit_difference
-from lensbridge.methods.patching import activation_patch, generic_activation_patch
+
+# Runs are passed as pairs whose length a type checker cannot know.
+activation_patch: Any = patching.activation_patch
+generic_activation_patch: Any = patching.generic_activation_patch
+attribution_patching: Any = attribution.attribution_patching
 
 MODELS = [("gpt2", "causal"), ("llama", "causal"), ("bert", "masked"), ("gpt_neox", "causal")]
 
@@ -52,6 +55,10 @@ def _neox(q_k_or_v: int, head: int, n_heads: int) -> Callable[[Tensor], Tensor]:
 
 def _heads(n: int, head: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.unflatten(-1, (n, -1))[..., head, :]
+
+
+def _at(pos: int, take: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Tensor], Tensor]:
+    return lambda x: take(x)[:, pos]
 
 
 def _by_hand(
@@ -89,7 +96,7 @@ def test_positions_by_hand(
     for layer in (0, 1):
         place = places.PLACES[which][called].format(i=layer)
         for pos in (0, 2, 5, 8):
-            found = _by_hand(plain, lens.model, pair, place, lambda x, pos=pos: x[:, pos])
+            found = _by_hand(plain, lens.model, pair, place, _at(pos))
             torch.testing.assert_close(grid.by_row[layer, pos], found)
             torch.testing.assert_close(grid.values[layer, pos], found.mean())
 
@@ -126,10 +133,8 @@ def test_shares_of_a_joint_projection(
         place = f"gpt_neox.layers.{layer}.attention.query_key_value"
         for head in range(n):
             for column, pos in enumerate((2, 5, 7)):
-                take = _neox(index, head, n)
-                found = _by_hand(
-                    plain, lens.model, pair, place, lambda x, take=take, pos=pos: take(x)[:, pos]
-                )
+                take = _at(pos, _neox(index, head, n))
+                found = _by_hand(plain, lens.model, pair, place, take)
                 torch.testing.assert_close(grid.by_row[layer, head, column], found)
 
 

@@ -18,8 +18,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from lensbridge import LensAPI, TransformerBridge, add_row
 from lensbridge.bridge import table
 from lensbridge.hooks import AbsentPointError, InputError, LayerRangeError
+from lensbridge.methods import path_patching
 from lensbridge.methods.measured import logit_difference
-from lensbridge.methods.path_patching import path_patch
+
+# Runs are passed as pairs whose length a type checker cannot know.
+path_patch: Any = path_patching.path_patch
 
 QUIET = {"progress": False}
 CLOSE = {"atol": 1e-10, "rtol": 1e-7}
