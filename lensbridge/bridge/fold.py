@@ -35,22 +35,31 @@ class Processed:
     """What was done to a model's weights.
 
     Attributes:
-        done: The steps that were done, wholly or in part.
+        asked: The steps that were asked for.
+        done: Those that were done, wholly or in part.
         left: What of the steps that were asked for was left: step -> part -> why.
         notes: What else there is to say of a part: step -> part -> note.
     """
 
+    asked: tuple[str, ...]
     done: tuple[str, ...]
     left: Mapping[str, Mapping[str, str]]
     notes: Mapping[str, Mapping[str, str]]
 
     def __str__(self) -> str:
-        lines = [f"{step}: {'done' if step in self.done else 'not done'}" for step in STEPS]
+        lines = [f"{step}: {self._said(step)}" for step in STEPS]
         for index, step in enumerate(STEPS):
             for told in (self.left, self.notes):
                 for part, why in told.get(step, {}).items():
                     lines[index] += f"\n  {part}: {why}"
         return "\n".join(lines)
+
+    def _said(self, step: str) -> str:
+        if step not in self.asked:
+            return "not asked for"
+        if step in self.done:
+            return "done in part" if step in self.left else "done"
+        return "not done" if step in self.left else "nothing to do"
 
 
 class Processing:
@@ -127,6 +136,7 @@ class Processing:
         with torch.inference_mode(False), torch.no_grad():
             _write(bridge._inner, plan)
         bridge.processed = Processed(
+            tuple(plan),
             tuple(name for name, step in plan.items() if step.todo),
             {name: dict(step.left) for name, step in plan.items() if step.left},
             {name: dict(step.notes) for name, step in plan.items() if step.notes},
@@ -206,7 +216,7 @@ class Processing:
         return {name: steps[name] for name in wanted}
 
 
-def _check(plan: dict[str, Step], wanted: dict[str, bool | None]) -> None:
+def _check(plan: dict[str, Step], wanted: Mapping[str, bool | None]) -> None:
     """Refuse what was insisted on and cannot be done."""
     doable = [name for name, step in plan.items() if not step.left]
     known = ", ".join(doable) or "none"

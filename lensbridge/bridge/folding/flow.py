@@ -192,12 +192,14 @@ class _Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = tensors_in((*args, *kwargs.values()))
+        is_followed = False
         for tensor in given:
-            held = self.parameters.get(storage_of(tensor))
+            at = storage_of(tensor)
+            held = self.parameters.get(at)
             if held is not None:
                 self.flow.touched |= held.names
-        followed = (self.normed, self.written, self.parameters)
-        if not self.inside and any(storage_of(x) in known for x in given for known in followed):
+            is_followed |= held is not None or at in self.normed or at in self.written
+        if is_followed and not self.inside:
             self.see(func, args, given, out)
         return out
 
