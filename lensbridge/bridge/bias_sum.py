@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hooks import AbsentPointError, ArchitectureError
-from .architecture import Architecture, Attention, Block, Branch, Mixer, Mlp
+from .architecture import Attention, Block, Branch, Mixer, Mlp
 from .linear import visit_of
 from .matrix import first_float
 from .parameters import WeightTable
+from .whole import Whole
 
 
 class BiasSum:
     """Adds up the output biases of layers.
 
     Args:
-        model: The Hugging Face model.
-        architecture: Where its parts are.
+        whole: The model and its architecture.
         weights: Its weights.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, weights: WeightTable) -> None:
-        self.model = model
-        self.tower = architecture.main
+    def __init__(self, whole: Whole, weights: WeightTable) -> None:
+        self.whole = whole
+        self.tower = whole.architecture.main
         self.weights = weights
 
     def up_to(self, index: int, *, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
@@ -32,14 +32,15 @@ class BiasSum:
         for at, block in enumerate(self.tower.blocks[: index + mlp_input]):
             for branch in block.branches if at < index else before_mlp(block):
                 is_mlp = isinstance(branch.part, Mlp)
-                own = self.added(f"{self.tower.prefix}blocks.{at}", block, branch)
                 if is_mlp and not include_mlp_biases:
-                    own = torch.zeros_like(own)
+                    own = self.nothing()
+                else:
+                    own = self.added(f"{self.tower.prefix}blocks.{at}", block, branch)
                 before = torch.zeros_like(own) if held is None else held.to(own.device)
                 before = self.scaled(before, branch.skip, branch.skip_by)
                 held = before + self.scaled(own, branch.scale, branch.scale_by)
                 for name in branch.bias:
-                    held = held + self.parameter(name).to(held.device)
+                    held = held + self.whole.parameter(name).to(held.device)
         return self.nothing() if held is None else held
 
     def added(self, home: str, block: Block, branch: Branch) -> Tensor:
@@ -90,13 +91,8 @@ class BiasSum:
     def scaled(self, value: Tensor, factor: float, by: tuple[str, ...]) -> Tensor:
         """A term of a sum as it enters it."""
         for name in by:
-            value = value * self.parameter(name).to(value.device)
+            value = value * self.whole.parameter(name).to(value.device)
         return value if factor == 1.0 else value * factor
-
-    def parameter(self, name: str) -> Tensor:
-        """A parameter by its name in the model."""
-        home, _, own = name.rpartition(".")
-        return getattr(self.model.get_submodule(home), own)
 
     def nothing(self) -> Tensor:
         """Zeros as wide as the stream."""
@@ -106,7 +102,7 @@ class BiasSum:
             width = None if visit is None else getattr(visit.entering, "shape", (None,))[-1]
         if width is None:
             raise AbsentPointError(f"it is not known how wide the stream is: {self.tower.unproved}")
-        return first_float(self.model).new_zeros(width)
+        return first_float(self.whole.model).new_zeros(width)
 
 
 def before_mlp(block: Block) -> tuple[Branch, ...]:

@@ -101,13 +101,13 @@ def read(module: nn.Module, own: str) -> Tensor:
         bias = own_parameter(module, f"{'down_proj' if role == 'out' else joint}_bias")
     if not isinstance(held, nn.Parameter) or not held.is_floating_point() or down is None:
         raise ArchitectureError(f"the weights of {type(module).__name__} are no plain tensors")
-    held = held[: len(down)]  # experts behind these only copy (LongCat)
-    matrix = held if layout.is_transposed else held.mT
+    rows: Tensor = held[: len(down)]  # experts behind these only copy (LongCat)
+    matrix = rows if layout.is_transposed else rows.mT
     if kind == "W":
         return _share(matrix, role, layout)
     if bias is not None:
         return _share(bias, role, layout)
-    return _share(held.new_zeros(len(held), matrix.shape[-1]), role, layout)
+    return _share(rows.new_zeros(len(rows), matrix.shape[-1]), role, layout)
 
 
 def _share(x: Tensor, role: str, layout: _Layout) -> Tensor:
@@ -144,11 +144,13 @@ def read_router(module: nn.Module, own: str, n_experts: int | None) -> Tensor:
         raise ArchitectureError(
             f"{type(module).__name__} does not score {n_experts} experts by one matrix of its own"
         )
+    matrix: Tensor
+    bias: Tensor | None
     if type(held[0]) is nn.Linear:
-        weight, bias = linear_map(held[0], None, held[0].weight)
+        matrix, bias = linear_map(held[0], None, held[0].weight)
     else:
         with align_module_device(held[0]):
-            weight, bias = held[0]._parameters["weight"].T, held[0]._parameters.get("bias")  # type: ignore[union-attr]
+            matrix, bias = held[0].get_parameter("weight").T, held[0]._parameters.get("bias")
     if own == "W":
-        return weight
-    return torch.zeros_like(weight[0]) if bias is None else bias
+        return matrix
+    return torch.zeros_like(matrix[0]) if bias is None else bias

@@ -22,6 +22,7 @@ from .ranks import own_parameter
 from .seen import first_item
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PLAIN: tuple[type, ...] = (nn.Parameter, Tensor)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _NEARLY = 0.05
 """How far a layer may be from a linear map: layers that round what they read are some per cent off."""
@@ -31,7 +32,7 @@ def plain_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"] | None:
     """W, a view of the layer's parameter, when the layer is exactly ``x @ W (+ b)``."""
     weight = own_parameter(module, "weight")
     # A tensor of another class (packed, quantised, sharded) is no plain matrix.
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+    if weight is None or type(weight) not in _PLAIN or weight.dtype not in _FLOATS:
         return None
     if (
         type(module) is nn.Linear
@@ -96,7 +97,9 @@ def first_float(model: nn.Module) -> Tensor:
 def _candidate(module: nn.Module, width: int) -> Tensor | None:
     """What would be the matrix of a linear layer of another class, if it does the usual."""
     weight = own_parameter(module, "weight")
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 2 or weight.shape[1] != width:
+    if weight is None or type(weight) not in _PLAIN:
+        return None
+    if weight.dim() != 2 or weight.shape[1] != width:
         return None
     return weight.T if weight.dtype in _FLOATS else None
 

@@ -17,6 +17,7 @@ from .run import Stack
 from .tl_names import tl_names
 from .tokens import Tokens
 from .view import BlocksView
+from .whole import Whole
 
 
 class Weights(Layers):
@@ -244,7 +245,7 @@ class Weights(Layers):
         index = self._stack.layer(layer, "layer")
         if mlp_input and index == len(self.architecture.blocks):
             raise LayerRangeError(f"layer {layer} is behind the last one and has no MLP")
-        return BiasSum(self._inner, self.architecture, self._weights).up_to(
+        return BiasSum(Whole(self._inner, self.architecture), self._weights).up_to(
             index, mlp_input=mlp_input, include_mlp_biases=include_mlp_biases
         )
 
