@@ -264,8 +264,14 @@ class ActivationCache(ResidSums, PartSums, Mapping[str, Tensor]):
             InputError: No such cache, or one of a model with other layers, names or widths.
         """
         values, beside, facts = read_cache(path, bridge.registry)
-        kept = {name: facts[name] for name in ("has_batch_dim", "left_out")}
-        made = cls(values, bridge.registry, **beside, **kept)
+        made = cls(
+            values,
+            bridge.registry,
+            has_batch_dim=facts["has_batch_dim"],
+            mask=beside["mask"],
+            tokens=beside["tokens"],
+            left_out=facts["left_out"],
+        )
         return made if device is None else made.to(device)
 
     def _rows(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hooks import ArchitectureError, HookRegistry
 from .architecture import Norm
@@ -310,6 +310,12 @@ def norm_bias(registry: HookRegistry, name: str) -> Float[Tensor, " d_model"] | 
     with align_module_device(module):
         bias = getattr(module, "bias", None)
         return None if bias is None else wide(bias)
+
+
+def device_of(module: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where a module's weights are; for those that are nowhere until it runs, somewhere else."""
+    held = [*module.parameters(), *module.buffers()]
+    return next((x.device for x in held if x.device.type != "meta"), otherwise)
 
 
 # --- the end ------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ class Sums:
     def __contains__(self, key: object) -> bool:
         raise NotImplementedError
 
+    def _layer(self, layer: Any) -> int:
+        raise NotImplementedError
+
     # --- the model and its layers ----------------------------------------------------------------
 
     def _whole(self, what: str) -> Whole:

@@ -12,7 +12,7 @@ from ..hooks import ArchitectureError, InputError
 from .architecture import Norm
 from .decompose import Source, norm_at, refuse_head, refuse_streams
 from .matrix import linear_map
-from .residual import Stream, head_factor, held_norm, norm_bias, tolerance_of, wide
+from .residual import Stream, device_of, head_factor, held_norm, norm_bias, tolerance_of, wide
 from .slicing import SliceInput, take
 from .sums import Groups, Sums
 from .whole import Whole, module_of
@@ -90,8 +90,9 @@ class LogitSums(Sums):
             return residual_stack
         if recompute_ln:
             module = module_of(self.registry[f"{found[0]}.hook_out"])
+            here = residual_stack.device
             with torch.no_grad():
-                return module.forward(residual_stack)
+                return module.forward(residual_stack.to(device_of(module, here))).to(here)
         return self._behind(*found, residual_stack, pos_slice, batch_slice)
 
     def _behind(
@@ -170,8 +171,8 @@ class LogitSums(Sums):
         whole = self._whole("logit_bias")
         factor = self._head_factor(whole, linearise)
         directions, bias = self._directions(tokens, incorrect_tokens, None)
-        scale = 1.0 if linearise else whole.architecture.logit_scale
-        total = bias * scale
+        scale = whole.architecture.logit_scale
+        total = bias if linearise or scale is None else bias * scale
         norm = norm_at(whole, self.registry, len(whole.architecture.blocks), mlp_input=False)
         own = None if norm is None else norm_bias(self.registry, norm[0])
         return total if own is None else total + (directions * own.to(directions)).sum(-1) * factor

@@ -210,6 +210,26 @@ def test_attributions_are_those_of_the_method(built: Any, ids: Tensor) -> None:
     assert close(attrs, found.contributions[own])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama_bias", "gpt_neox", "granite"])
+def test_the_bias_row_is_what_the_weights_say(name: str, built: Any, ids: Tensor) -> None:
+    """`accumulated_bias`, which reads the weights alone, and the directions of `W_U`."""
+    bridge = built(name)
+    cache = cached(bridge, ids)
+    for layer, mlp_input in ((1, False), (1, True), (2, False)):
+        if mlp_input and name == "gpt_neox":
+            continue
+        full = cache.get_full_resid_decomposition(layer, mlp_input)
+        bias = bridge.accumulated_bias(layer, mlp_input, include_mlp_biases=True).detach()
+        assert close(full[-1], bias.expand_as(full[-1]))
+    assert bool(bias.any()) == (name != "granite")
+    stack = cache.decompose_resid()
+    attrs = cache.logit_attrs(stack, 7, 9)
+    factor = bridge.architecture.logit_scale
+    directions = bridge.tokens_to_residual_directions([7, 9]).detach() * factor
+    behind = cache.apply_ln_to_stack(stack)
+    assert close(attrs, behind @ (directions[0] - directions[1]))
+
+
 def test_heads_that_are_no_linear_map(built: Any, ids: Tensor) -> None:
     """A soft cap is refused, or left out when that is asked for; more than a matrix is refused."""
     bridge = built("gemma2")

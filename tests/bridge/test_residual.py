@@ -253,7 +253,7 @@ def test_every_part_of_bert_by_hand(built: Any, plain: Any, ids: Tensor) -> None
         label = f"{count // 2}_{('attn', 'mlp')[count % 2]}_out"
         parts[label] = behind(seen[path], 1 + count)
     bias = [behind(model.get_submodule(n).bias, i + 1) for i, n in enumerate(norms)]
-    parts["bias"] = sum(x.expand(2, 9, -1) for x in bias)
+    parts["bias"] = torch.stack([x.expand(2, 9, -1) for x in bias]).sum(0)
     stack, labels = cached(bridge, ids).decompose_resid(return_labels=True)
     assert labels == list(parts)
     for row, (label, value) in zip(stack, parts.items(), strict=True):
