@@ -8,6 +8,7 @@ from .decompose import Wanted, leaving, refuse_head, refuse_sum, stream_steps
 from .factored import FactoredMatrix
 from .files import read_tensors, write_tensors
 from .inputs import Inputs
+from .ranks import needs_all
 from .record import frozen
 from .residual import Stream, head_factor, is_near, tolerance_of, wide
 from .table import add_row
@@ -29,6 +30,7 @@ __all__ = [
     "is_near",
     "leaving",
     "module_of",
+    "needs_all",
     "read_tensors",
     "refuse_head",
     "refuse_sum",

@@ -19,6 +19,12 @@ def tensor_parallel(model: nn.Module) -> int:
     return size if isinstance(size, int) else 1
 
 
+def needs_all(model: nn.Module) -> bool:
+    """Whether a run of the model needs all processes at once, which hold its parameters together."""
+    held = [*model.parameters(), *model.buffers()]
+    return tensor_parallel(model) > 1 or any(isinstance(x, DTensor) for x in held)
+
+
 def why_split(model: nn.Module) -> str:
     """Why a process cannot show what is cut; empty where nothing is."""
     ranks = tensor_parallel(model)

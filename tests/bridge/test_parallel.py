@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from lensbridge import AbsentPointError, ArchitectureError, TransformerBridge
+from lensbridge import AbsentPointError, ArchitectureError, TransformerBridge, extract_representations, extract_to
 
 (folder,) = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -33,6 +33,7 @@ dist.barrier()
 ids = torch.arange(20).view(2, 10)
 plain = TransformerBridge(whole)
 expected, held = plain.run_with_cache(ids)
+rows, points = torch.arange(50).view(5, 10), ["blocks.0.hook_out", "blocks.1.hook_mlp_out"]
 
 
 def refused(error, *words, call):
@@ -63,6 +64,10 @@ def same_values(bridge, exact):
         name = f"blocks.1.{part}"
         assert torch.equal(bridge.weight(name), plain.weight(name))
     assert torch.equal(bridge.W_E, plain.W_E) and torch.equal(bridge.W_U, plain.W_U)
+    store = extract_to(f"{folder}-{bridge.original_model.__class__.__name__}-{exact}", bridge, rows, points, batch_size=2)
+    for name, expected_rows in extract_representations(plain, rows, points, batch_size=2).items():
+        assert near(store[name][:], expected_rows.flatten(0, 1))
+        assert near(extract_representations(bridge, rows, points, batch_size=2)[name], expected_rows)
     return cache
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,7 +52,8 @@ def extract_to(
 
     Under ``torchrun`` each process runs its own part of the batches, which are the same as for one process,
     and writes shards of its own; the index comes last. All of them have to see the folder. An extraction
-    may be gone on with by more or fewer processes.
+    may be gone on with by more or fewer processes. Of a model that they hold together (FSDP2, tensor
+    parallelism) all of them run every batch, and one writes.
 
     Args:
         path: The folder to write; a new or an empty one, unless ``resume``.
@@ -86,7 +88,7 @@ def extract_to(
     )
     jobs = extraction.jobs(dataset)
     folder = Folder(Path(path))
-    ranks = current_ranks(bridge.device)
+    ranks = current_ranks(bridge)
     identity = identity_of(extraction)
     finished = folder.check(identity, resume=resume)
     ranks.wait()  # until all have looked
@@ -104,9 +106,13 @@ def extract_to(
         if max_samples is not None:
             total = max_samples if total is None else min(total, max_samples)
         shows = progress and ranks.rank == 0
-        with ShardWriter(folder, ranks.rank, shard_bytes) as writer:
-            for batch in shown(extraction.rows(work), total, shows):
-                writer.put(batch)
+        batches = shown(extraction.rows(work), total, shows)
+        if ranks.writes:
+            with ShardWriter(folder, ranks.rank, shard_bytes) as writer:
+                for batch in batches:
+                    writer.put(batch)
+        else:
+            deque(batches, maxlen=0)  # the others cannot run theirs without this process
         if not work.samples:
             raise InputError("the dataset gave no samples")
     except BaseException:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...bridge import TransformerBridge
 from .extraction import Extraction
@@ -71,12 +72,14 @@ def _model(bridge: TransformerBridge) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and dtypes of all parameters, and of some values of each.
 
-    Of parameters that are not in memory (offloaded ones) values are not looked at.
+    Of parameters that are not whole in memory (offloaded ones, and those spread over processes) values are
+    not looked at.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type == "meta" or not parameter.numel():
+        is_elsewhere = parameter.device.type == "meta" or isinstance(parameter, DTensor)
+        if is_elsewhere or not parameter.numel():
             continue
         flat = parameter.detach().reshape(-1)
         at = torch.arange(_PLACES, device=flat.device) * (len(flat) - 1) // (_PLACES - 1)

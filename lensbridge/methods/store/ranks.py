@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...bridge import TransformerBridge, needs_all
 from ...hooks import InputError
 
 _PATIENCE = timedelta(days=7)
@@ -23,15 +24,22 @@ class Ranks:
         rank: Which.
         world: How many there are. Batch k of the dataset is that of process k modulo this.
         state: accelerate's; None for one process.
+        together: Whether every batch needs all of them, because they hold the model together; one writes.
     """
 
     rank: int = 0
     world: int = 1
     state: Any = None
+    together: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what it has run."""
+        return self.rank == 0 or not self.together
 
     def mine(self, number: int) -> bool:
         """Whether a batch is this process's to run."""
-        return number % self.world == self.rank
+        return self.together or number % self.world == self.rank
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -39,11 +47,11 @@ class Ranks:
             self.state.wait_for_everyone()
 
 
-def current_ranks(device: torch.device | None = None) -> Ranks:
+def current_ranks(bridge: TransformerBridge) -> Ranks:
     """The processes that this one was started with: itself alone, unless ``torchrun`` or a group says else.
 
     Args:
-        device: Where the model is: processes on CPUs talk through gloo.
+        bridge: The model. Where it is on the CPU, processes talk through gloo.
     Raises:
         InputError: The environment speaks of more processes than found each other.
     """
@@ -53,14 +61,15 @@ def current_ranks(device: torch.device | None = None) -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
-    on_cpu = device is None or device.type == "cpu"
+    on_cpu = bridge.device is None or bridge.device.type == "cpu"
     state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     if state.num_processes < told:
         raise InputError(
             f"WORLD_SIZE is {told}, but only {state.num_processes} found each other; start them with "
             "torchrun (accelerate launch --cpu starts one)"
         )
-    return Ranks(state.process_index, state.num_processes, state)
+    together = needs_all(bridge.unwrapped_model)
+    return Ranks(state.process_index, state.num_processes, state, together)
 
 
 def home_of_rank() -> torch.device:
