@@ -259,7 +259,7 @@ def by_hand(holder: Any, x: Tensor, own: dict[str, Tensor]) -> Tensor:
     """What one expert makes of [row, d_model]."""
     hidden = x @ own["W_in"] + own["b_in"]
     inner = getattr(holder, "mlp", holder)
-    act = getattr(inner, "act_fn", None) or getattr(inner, "activation_fn", None)
+    act: Any = getattr(inner, "act_fn", None) or getattr(inner, "activation_fn", None)
     if "W_gate" not in own:
         hidden = act(hidden)
     else:
