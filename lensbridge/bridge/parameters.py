@@ -298,14 +298,11 @@ class _Finder:
 
     def inner_layer(self, attn: Attention, share: Projection, visit: Visit) -> str:
         """A matrix of the attention part that stands before a projection."""
-        start = f"{attn.path}."
+        inside = dict(self.model.get_submodule(attn.path).named_modules())
         for root in visit.roots_in:
-            if root.path == share.path or not root.path.startswith(start):
+            module = inside.get(root.path.removeprefix(f"{attn.path}."))  # "attended 0" is none
+            if root.path == share.path or module is None:
                 continue
-            try:
-                module: Any = self.model.get_submodule(root.path)
-            except AttributeError:
-                continue  # "attended 0": no module
             if any(p is not None and p.dim() == 2 for p in module._parameters.values()):
                 return root.path
         return ""

@@ -75,7 +75,7 @@ from .heads import (
 )
 from .interventions import InterventionSpec, apply_interventions
 from .lens import LensAPI
-from .logit_lens import (
+from .lenses import (
     LogitLens,
     logit_lens,
 )

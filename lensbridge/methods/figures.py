@@ -20,7 +20,7 @@ from .patch_grid import PatchGrid, sites_at
 
 if TYPE_CHECKING:
     from .heads import HeadScores
-    from .logit_lens import LogitLens
+    from .lenses import LogitLens
 
 # Of the palette of Okabe and Ito (2008), made for every kind of colour vision: those that stand out from
 # white and from black alike.

@@ -107,7 +107,7 @@ def test_log_probabilities_stay_and_norms_are_identities(
         if path in ("transformer.ln_f", "gpt_neox.final_layer_norm"):
             # The head has no bias: what the norm adds stays, in units of what the head reads.
             old = bridge.unwrapped_model.get_submodule(path)
-            stays = (old.bias / old.weight).detach()  # type: ignore[operator,union-attr]
+            stays = (old.bias / old.weight).detach()
         with torch.no_grad():
             made = norm(x)
         assert torch.allclose(made, only_normalised(norm, x, eps_of(norm)) + stays, atol=1e-5)
@@ -141,7 +141,7 @@ def test_nothing_stays_of_a_norm_with_biases_to_take_it(
 ) -> None:
     processed = TransformerBridge(tiny("gpt2")).process_weights()
     for path, norm in fronts(processed):
-        assert bool((norm.bias == 0).all()) == (path != "transformer.ln_f")  # type: ignore[operator]
+        assert bool((norm.bias == 0).all()) == (path != "transformer.ln_f")
     assert processed.processed is not None
     assert set(processed.processed.notes["fold_ln"]) == {"ln_final"}
     assert "lm_head has no bias" in processed.processed.notes["fold_ln"]["ln_final"]
@@ -203,7 +203,7 @@ def test_value_biases_move_to_the_output(tiny: Callable[..., nn.Module], ids: Te
         assert torch.allclose(new.self_attn.o_proj.bias, moved, atol=1e-5)
     gpt2 = TransformerBridge(tiny("gpt2")).process_weights(fold_ln=True, fold_value_biases=True)
     width = gpt2.cfg.d_model
-    for layer in gpt2.unwrapped_model.transformer.h:  # type: ignore[union-attr]
+    for layer in gpt2.unwrapped_model.transformer.h:
         assert not layer.attn.c_attn.bias[2 * width :].any()
         assert layer.attn.c_attn.bias[: 2 * width].any()
 
@@ -325,7 +325,7 @@ def test_half_precision_costs_no_more_than_it_did(
 def test_compiled_model(tiny: Callable[..., nn.Module], ids: Tensor) -> None:
     model = tiny("gpt2")
     expected = log_probs(model, ids)
-    bridge = TransformerBridge(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
+    bridge = TransformerBridge(torch.compile(model, backend="eager"))
     processed = bridge.process_weights(fold_ln=True)
     assert (log_probs(processed.unwrapped_model, ids) - expected).abs().max() < 1e-4
 
@@ -356,7 +356,7 @@ def test_what_is_not_exact_is_refused(
     model = tiny(name, kind)
     bridge = TransformerBridge(model)
     before = snapshot(model)
-    config = copy.deepcopy(model.config.to_dict())  # type: ignore[union-attr,operator]
+    config = copy.deepcopy(model.config.to_dict())
     assert said in bridge.can_process()[step]
     with pytest.raises(ArchitectureError, match="without changing what the model computes") as told:
         bridge.process_weights(**only(step), in_place=True)
@@ -364,7 +364,7 @@ def test_what_is_not_exact_is_refused(
     assert said in str(told.value)
     assert bridge.processed is None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert model.config.to_dict() == config  # type: ignore[union-attr,operator]
+    assert model.config.to_dict() == config
 
 
 def test_can_process(tiny: Callable[..., nn.Module]) -> None:
@@ -421,8 +421,8 @@ def test_a_reader_that_is_no_layer_is_seen(tiny: Callable[..., nn.Module], ids: 
     assert set(left) == {"blocks.0.ln2"}
     assert "tanh in model.layers.0.mlp" in left["blocks.0.ln2"]
     plain_model = processed.unwrapped_model
-    plain_model.model.layers[0].mlp.forward = (  # type: ignore[union-attr,index]
-        lambda x: plain(plain_model.model.layers[0].mlp, x) + 0.5 * x.tanh()  # type: ignore[union-attr,index]
+    plain_model.model.layers[0].mlp.forward = lambda x: (
+        plain(plain_model.model.layers[0].mlp, x) + 0.5 * x.tanh()
     )
     assert (log_probs(plain_model, ids) - expected).abs().max() < 1e-4
 
@@ -430,7 +430,7 @@ def test_a_reader_that_is_no_layer_is_seen(tiny: Callable[..., nn.Module], ids: 
 def test_weights_that_cannot_be_written(tiny: Callable[..., nn.Module]) -> None:
     quantised = tiny("llama")
     bridge = TransformerBridge(quantised)
-    quantised.config.quantization_config = {"quant_method": "made up"}  # type: ignore[union-attr]
+    quantised.config.quantization_config = {"quant_method": "made up"}
     with pytest.raises(ArchitectureError, match="quantised"):
         bridge.process_weights()
     away = tiny("llama")

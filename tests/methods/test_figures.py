@@ -19,7 +19,7 @@ from lensbridge.methods.figures import (
     patch_plot,
 )
 from lensbridge.methods.heads import HeadScores, induction_score, previous_token_score
-from lensbridge.methods.logit_lens import logit_lens
+from lensbridge.methods.lenses import logit_lens
 from lensbridge.methods.patch_grid import PatchGrid
 from lensbridge.methods.patching import activation_patch
 

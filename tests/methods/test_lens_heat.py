@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lensbridge.demo import tasks
 from lensbridge.hooks import ArchitectureError, InputError, LayerRangeError
-from lensbridge.methods.logit_lens import logit_lens
+from lensbridge.methods.lenses import logit_lens
 
 ENDS: dict[str, Any] = {
     "gpt2": ("transformer.h.{i}", lambda m, x: m.lm_head(m.transformer.ln_f(x))),

@@ -217,8 +217,8 @@ class _Watcher(TorchDispatchMode):
             self.copy(args[0], made[0], 0)
         elif kind is _aten.index and _is_leading(args):
             count = len(args[1])
-            held = self.parameters.get(storage_of(args[0]))
-            if held is not None and len(held.axes) == 2:
+            table = self.parameters.get(storage_of(args[0]))
+            if table is not None and len(table.axes) == 2:
                 self.look_up(args[0], made[0])
             else:
                 self.copy(args[0], made[0], made[0].dim() - args[0].dim(), skip=count)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..architecture import Attention, Branch, Mixer, Mlp, Tower
+from ..architecture import Attention, Branch, Mixer, Tower
 from .facts import Facts, is_linear
 from .norms import norms_of
 from .step import Centering, Step
@@ -116,7 +116,6 @@ def _out_of(branch: Branch) -> str | None:
     part = branch.part
     if isinstance(part, Attention):
         return part.o
-    if isinstance(part, Mlp):
-        return None if part.router is not None or part.experts is not None else part.out
-    assert isinstance(part, Mixer)
-    return dict(part.parts).get("out")
+    if isinstance(part, Mixer):
+        return dict(part.parts).get("out")
+    return None if part.router is not None or part.experts is not None else part.out

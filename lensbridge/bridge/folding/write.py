@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...hooks import ArchitectureError
 from ..architecture import Attention
 from ..factored import FactoredMatrix
 from ..matrix import linear_map
@@ -48,7 +49,7 @@ def fold_norm(model: nn.Module, fold: NormFold) -> None:
         parameter = model.get_parameter(read.parameter)
         if bias is not None and not fold.keeps_bias and bool((bias != 0).any()):
             home = model.get_submodule(read.parameter.rpartition(".")[0])
-            _add(home._parameters["bias"], _product(parameter, read.dim, _wide(bias)))
+            _add(home.get_parameter("bias"), _product(parameter, read.dim, _wide(bias)))
         if factor is not None:
             _scale(parameter, read.dim, factor)
     if bias is not None:
@@ -75,19 +76,17 @@ def fold_values(model: nn.Module, heads: Heads) -> None:
     """Move the constant part of the values, which the pattern hands on as it is, into the output's bias."""
     attn = heads.attn
     module, rows, out = _values(model, attn)
-    biases = module._parameters["bias"]
+    biases = module.get_parameter("bias")
     constant = _wide(biases[rows])  # [key/value head, d_head_v]
     spread = constant.repeat_interleave(attn.n_heads // attn.n_key_value_heads, 0).flatten()
-    _add(out._parameters["bias"], _product(out._parameters["weight"], _inputs_of(out), spread))
+    _add(out.get_parameter("bias"), _product(out.get_parameter("weight"), _inputs_of(out), spread))
     biases[rows] = 0.0
 
 
 def refactor(model: nn.Module, heads: Heads) -> None:
     """Make the two factors of each head's QK (and OV) matrix alike: orthogonal columns of equal lengths."""
     attn = heads.attn
-    if heads.qk:
-        assert attn.q is not None
-        assert attn.k is not None
+    if heads.qk and attn.q is not None and attn.k is not None:
         q, k = model.get_submodule(attn.q.path), model.get_submodule(attn.k.path)
         rows_q = rows_of(attn.q, attn.n_heads, attn.d_head)
         rows_k = rows_of(attn.k, attn.n_heads, attn.d_head)
@@ -153,13 +152,13 @@ def _inputs_of(module: nn.Module) -> int:
 
 def _matrix(module: nn.Module) -> Tensor:
     """A linear layer's weight as [out, in], a view."""
-    return linear_map(module, None, module._parameters["weight"])[0].mT
+    return linear_map(module, None, module.get_parameter("weight"))[0].mT
 
 
 def _values(model: nn.Module, attn: Attention) -> tuple[nn.Module, Tensor, nn.Module]:
     """The layer that makes values, which of its features they are, and the output projection."""
-    assert attn.v is not None
-    assert attn.o is not None
+    if attn.v is None or attn.o is None:
+        raise ArchitectureError(f"{attn.path} has no values or no output projection of its own")
     rows = rows_of(attn.v, attn.n_key_value_heads, attn.d_head_v)
     return model.get_submodule(attn.v.path), rows, model.get_submodule(attn.o)
 
