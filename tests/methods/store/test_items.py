@@ -114,7 +114,7 @@ def broken() -> Iterator[Any]:
         ({"input_ids": [[1]], "attention_mask": [[1], [1]]}, "unequal numbers of rows"),
         (DataLoader(MapStyle([[1, 2]])), "DataLoader"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_what_is_no_dataset(llama_bridge: Any, dataset: Any, said: str | None) -> None:
     """Is refused, with the sample that was wrong; an empty text has a BOS and is none of them."""
