@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..hooks import AbsentPointError, InputError, LayerRangeError, PointError
 from .bias_sum import BiasSum
@@ -223,6 +222,8 @@ class Weights(Layers):
     @property
     def n_params_total(self) -> int:
         """How many numbers its parameters are, shared ones once, embeddings and norms among them."""
+        from transformers import PreTrainedModel
+
         if isinstance(self._inner, PreTrainedModel):
             return self._inner.num_parameters()  # which knows of packed ones
         return sum(parameter.numel() for parameter in self._inner.parameters())
