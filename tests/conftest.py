@@ -52,7 +52,9 @@ def build_tiny(name: str, kind: str = "causal", **overrides: Any) -> nn.Module:
             # Fresh models have zero biases, unit norms and nearly uniform attention: too easy to be right on.
             if parameter.dim() < 2:
                 parameter.data += 0.3 * torch.randn_like(parameter)
-            elif "embed" not in parameter_name and "wte" not in parameter_name:
+            elif (
+                parameter.numel() and "embed" not in parameter_name and "wte" not in parameter_name
+            ):
                 # T5 and its kind, which do not scale their scores, start large enough.
                 parameter.data *= 5.0 if parameter.std() < 0.1 else 1.0
         for path, value in entry.get("set_params", {}).items():

@@ -17,6 +17,7 @@ from . import norm as norms
 from .architecture import Norm, Projection, Split
 from .graft import graft
 from .matrix import bias_of, plain_weight
+from .seen import first_item
 
 # --- the whole tensor -----------------------------------------------------------------------------------
 
@@ -315,6 +316,6 @@ def _results(module: nn.Module, z: Float[Tensor, "*rows head d_head"]) -> Tensor
     # A layer whose weight is no plain matrix (quantised, LoRA): one head at a time through the layer itself.
     alone = torch.diag_embed(z.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)
     # Flat: packed layers know no more than three axes.
-    out = module.forward(alone.flatten(0, -2)).unflatten(0, alone.shape[:-1])
+    out = first_item(module.forward(alone.flatten(0, -2))).unflatten(0, alone.shape[:-1])
     bias = bias_of(module, z.flatten(-2))
     return out if bias is None else out - bias.unsqueeze(-2)

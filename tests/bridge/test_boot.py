@@ -277,7 +277,17 @@ PLACED = {
 }
 
 
-@pytest.mark.parametrize("how", PLACED)
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("gpt2", "explicit"),
+        ("llama", "explicit"),
+        ("llama", "auto"),
+        ("gpt2", "balanced"),
+        ("llama", "sequential"),
+    ],
+    indirect=["family"],
+)
 def test_device_maps(
     folder: str, family: str, how: str, byhand: Any, tiny: Any, ids: Tensor, tmp_path: Path
 ) -> None:

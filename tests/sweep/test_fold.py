@@ -30,7 +30,10 @@ STEPS = (
     "fold_value_biases",
     "refactor_factored_attn_matrices",
 )
-IN_FLOAT64 = {"cpmant": "its attention scores are so large that float32 rounds by more than 1e-4"}
+IN_FLOAT64 = {
+    "cpmant": "its attention scores are so large that float32 rounds by more than 1e-4",
+    "funnel": "its logits are so large that float32 rounds by 1e-4",
+}
 
 REASONS = {
     "no norm stands between": "post-norm",
@@ -66,6 +69,7 @@ def word(reason: str) -> str:
 
 
 def log_probs(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(0)  # Reformer draws its hashes
     with torch.no_grad():
         return model(**given).logits.double().log_softmax(-1)
 
@@ -96,6 +100,7 @@ def table() -> dict[str, Any]:
 
 
 @pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("kind", "name"), ENTRIES, ids=["-".join(entry) for entry in ENTRIES])
 def test_processing(
     kind: str,
