@@ -104,11 +104,10 @@ class ResidSums(LogitSums):
         """The residual stream that enters a layer, as the sum of what each branch before it added.
 
         A component is what arrives of it: times the factors of the model, and, where norms stand on the
-            stream
-        or behind the sums (BERT, MiniMax), behind those, with the scale that they had. So the components
-        sum to the stream. What such norms add is one component more, ``"bias"``; what enters the first
-        layer besides embeddings (token types) is ``"embed_rest"``, and all that enters is ``"0_pre"`` where
-        it is no sum.
+        stream or behind the sums (BERT, MiniMax), behind those, with the scale that they had. So the
+        components sum to the stream. What such norms add is one component more, ``"bias"``; what enters the
+        first layer besides embeddings (token types) is ``"embed_rest"``, and all that enters is ``"0_pre"``
+        where it is no sum.
 
         Args:
             layer: Which; -1, None or the number of layers means behind the last.
@@ -154,12 +153,11 @@ class ResidSums(LogitSums):
         """The residual stream that enters a layer, as the sum of every head, neuron, embedding and bias.
 
         In this order: heads, neurons (or MLPs), branches of other kinds, embeddings, and one ``"bias"``. A
-            branch
-        that is no sum of heads or neurons stays whole under its own label: a mixer, an MLP of experts. As in
-        `decompose_resid`, a component is what arrives of it.
+        branch that is no sum of heads or neurons stays whole under its own label: a mixer, an MLP of experts.
+        As in `decompose_resid`, a component is what arrives of it.
 
         Every neuron of every position is a vector of d_model: take few positions, or
-            ``expand_neurons=False``.
+        ``expand_neurons=False``.
 
         Args:
             layer: Which; -1, None or the number of layers means behind the last.
