@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bridge import read_tensors, write_tensors
 from ...hooks import InputError
-from ..files import read, write
 from ..splitters import SplitterForGeneration
 from .base import SAEExplainer
 from .explainers import KINDS
@@ -49,7 +49,7 @@ def save(explainer: SAEExplainer, path: Path) -> None:
         "row_norm": model.row_norm,
         "options": options,
     }
-    write(path, tensors, facts)
+    write_tensors(path, tensors, facts)
 
 
 def load(
@@ -61,7 +61,7 @@ def load(
     device: torch.device | str,
 ) -> SAEExplainer:
     """Read what `save` wrote; see `SAEExplainer.load`."""
-    tensors, facts = read(path, KIND)
+    tensors, facts = read_tensors(path, KIND)
     if facts["engine"] not in KINDS:
         raise InputError(f"{path} holds a {facts['class']}, which this lensbridge does not know")
     kind = KINDS[facts["engine"]]

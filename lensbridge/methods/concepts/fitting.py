@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...bridge import read_tensors, write_tensors
 from ...hooks import InputError
-from ..files import read, write
 from .figures import Spread
 from .models import Autoencoder
 from .training import Trainer, seeded
@@ -167,7 +167,7 @@ def keep(
     device = trainers[0].model.device
     if device.type == "cuda":
         held["random_cuda"] = torch.cuda.get_rng_state(device)
-    write(path, held, {"kind": KIND, "identity": identity, "trainers": states, **facts})
+    write_tensors(path, held, {"kind": KIND, "identity": identity, "trainers": states, **facts})
 
 
 def opened(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -176,7 +176,7 @@ def opened(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dic
     Raises:
         InputError: It is of another fit.
     """
-    tensors, facts = read(path, KIND)
+    tensors, facts = read_tensors(path, KIND)
     for key, own in identity.items():
         if facts["identity"].get(key) != own:
             raise InputError(

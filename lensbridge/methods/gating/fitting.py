@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...bridge import read_tensors, write_tensors
 from ...hooks import InputError
-from ..files import read, write
 from .chg import CHG
 from .options import FitOptions
 from .tasks import Task
@@ -239,7 +239,7 @@ class Fit:
             held = self.adam.state[self.z]
             tensors.update({f"adam/{key}": torch.as_tensor(x) for key, x in held.items()})
         counts = {name: getattr(self, name) for name in ("nth", "update", "quiet", "numbers")}
-        write(path, tensors, {"kind": KIND, **self.identity(), **counts})
+        write_tensors(path, tensors, {"kind": KIND, **self.identity(), **counts})
 
     def load(self, path: Path) -> None:
         """Go on from a state.
@@ -247,7 +247,7 @@ class Fit:
         Raises:
             InputError: No state of a fit, or of a fit with other knobs, other gates or other rows.
         """
-        tensors, meta = read(path, KIND)
+        tensors, meta = read_tensors(path, KIND)
         for key, own in self.identity().items():
             if _plain(meta.get(key)) != _plain(own):
                 raise InputError(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ...bridge import read_tensors, write_tensors
 from ...hooks import InputError
-from ..files import read, write
 from .fitting import NEGATIVE, NONE, POSITIVE
 from .validation import Evaluation
 
@@ -37,7 +37,7 @@ def write_results(results: Any, path: Path) -> Path:
             if value is not None:
                 tensors[f"evaluation/{name}"] = value
     facts["order"] = list(tensors)
-    write(path, tensors, facts)
+    write_tensors(path, tensors, facts)
     return path
 
 
@@ -50,7 +50,7 @@ def read_results(cls: Any, path: Path) -> CHGResults:
     """
     if path.suffix in (".pt", ".pth"):
         return _old(cls, path)
-    tensors, facts = read(path, KIND)
+    tensors, facts = read_tensors(path, KIND)
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*GROUPS, "evaluation")}
     # A file has its tensors by the alphabet, and results by the order of fitting.
     for key, value in sorted(tensors.items(), key=lambda item: facts["order"].index(item[0])):
