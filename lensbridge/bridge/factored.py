@@ -21,8 +21,8 @@ class FactoredMatrix:
     eigenvalues and norms of half-precision factors are computed, and given, in float32.
 
     Args:
-        A: Left factor, [*leading, ldim, mdim].
-        B: Right factor, [*leading, mdim, rdim].
+        A: Left factor, [..., ldim, mdim].
+        B: Right factor, [..., mdim, rdim].
     Raises:
         InputError: The factors do not fit.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
@@ -64,7 +64,7 @@ class FactoredMatrix:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the product, [*leading, ldim, rdim]."""
+        """Shape of the product, [..., ldim, rdim]."""
         return torch.Size((*self.A.shape[:-1], self.rdim))
 
     @property
@@ -202,7 +202,7 @@ class FactoredMatrix:
         """Singular value decomposition: ``AB == U @ diag(S) @ Vh``.
 
         Returns:
-            U [*leading, ldim, n], S [*leading, n], largest first, and Vh [*leading, n, rdim], where n is the
+            U [..., ldim, n], S [..., n], largest first, and Vh [..., n, rdim], where n is the
             smallest of ldim, mdim and rdim. The rows of Vh are the right singular vectors.
         """
         return self._svd

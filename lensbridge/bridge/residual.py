@@ -32,7 +32,7 @@ class Seen(Protocol):
 
 
 class Stream:
-    """The residual stream as groups of parts, each [part, *rows, d_model].
+    """The residual stream as groups of parts, each [part, ..., d_model].
 
     Args:
         whole: The model.
@@ -127,7 +127,7 @@ class Stream:
         return held_norm(self.registry, name, norm, values, self.read_scale(name, norm))
 
     def read_scale(self, name: str, norm: Norm) -> Tensor:
-        """What a norm divided by, [*rows, 1].
+        """What a norm divided by, [..., 1].
 
         Raises:
             ArchitectureError: The norm is of no known form.
@@ -237,7 +237,7 @@ class Stream:
 
 
 def head_results(stream: Stream, name: str) -> tuple[Tensor, Tensor | None]:
-    """What each head adds, [head, *rows, d_model], and the output projection's bias, one row.
+    """What each head adds, [head, ..., d_model], and the output projection's bias, one row.
 
     Args:
         stream: Where they are read: at ``hook_result``, or from what the output projection reads.
@@ -256,7 +256,7 @@ def head_results(stream: Stream, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def neuron_results(stream: Stream, name: str) -> tuple[Tensor, Tensor | None]:
-    """What each neuron adds, [neuron, *rows, d_model], and the output projection's bias, one row.
+    """What each neuron adds, [neuron, ..., d_model], and the output projection's bias, one row.
 
     Args:
         stream: Where they are read.

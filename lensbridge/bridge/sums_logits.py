@@ -67,7 +67,7 @@ class LogitSums(Sums):
         without a norm, they are as they were.
 
         Args:
-            residual_stack: Components, [component, *batch and pos, d_model].
+            residual_stack: Components, [component, ..., d_model].
             layer: Whose norm; -1, None or the number of layers means the final one.
             mlp_input: That of the layer's MLP.
             pos_slice: The positions the components are of.
@@ -135,7 +135,7 @@ class LogitSums(Sums):
 
         Args:
             residual_stack: Components of the stream behind the last layer, as `decompose_resid` gives them
-                (not behind the norm), [component, *batch and pos, d_model].
+                (not behind the norm), [component, ..., d_model].
             tokens: Whose logit: a token id, a text of one token, or ids of [batch], [pos] or [batch, pos].
             incorrect_tokens: If given, likewise: the logit of these is subtracted.
             pos_slice: The positions the components are of.

@@ -67,7 +67,7 @@ class PartSums(LogitSums):
             pos_slice: Positions to take.
             apply_ln: As the norm that reads the stream there takes them; see `apply_ln_to_stack`.
         Returns:
-            [component, *batch and pos, d_model]; with ``return_labels``, a pair of that and the labels.
+            [component, ..., d_model]; with ``return_labels``, a pair of that and the labels.
         Raises:
             ArchitectureError: The stream is not known to be a sum, or a branch not to be that of its heads.
             AbsentPointError: No layer has heads.
@@ -101,7 +101,7 @@ class PartSums(LogitSums):
             incl_remainder: One component more: the rest of the stream.
             apply_ln: As the norm that reads the stream there takes them; see `apply_ln_to_stack`.
         Returns:
-            [component, *batch and pos, d_model]; with ``return_labels``, a pair of that and the labels.
+            [component, ..., d_model]; with ``return_labels``, a pair of that and the labels.
         Raises:
             ArchitectureError: The stream is not known to be a sum, or a branch not to be that of its neurons.
             AbsentPointError: No layer has neurons.
@@ -126,7 +126,7 @@ class PartSums(LogitSums):
             neuron_slice: Neurons to take; an int drops the dimension.
             pos_slice: Positions to take.
         Returns:
-            [*batch and pos, neuron, d_model]; not kept in the cache.
+            [..., neuron, d_model]; not kept in the cache.
         Raises:
             AbsentPointError: That layer has no plain MLP.
             UnknownPointError: The cache lacks the neurons.

@@ -57,7 +57,7 @@ class ResidSums(LogitSums):
             mlp_input: What the MLP of ``layer`` reads as the last one.
             return_labels: Give the labels too: ``"0_pre"``, ``"0_mid"``, ..., ``"final_post"``.
         Returns:
-            [component, *batch and pos, d_model]; with ``return_labels``, a pair of that and the labels.
+            [component, ..., d_model]; with ``return_labels``, a pair of that and the labels.
         Raises:
             ArchitectureError: The model has several streams.
             UnknownPointError: The cache lacks points; says which.
@@ -119,7 +119,7 @@ class ResidSums(LogitSums):
             incl_embeds: The embeddings too.
             return_labels: Give the labels too: ``"embed"``, ``"pos_embed"``, ``"0_attn_out"``...
         Returns:
-            [component, *batch and pos, d_model]; with ``return_labels``, a pair of that and the labels.
+            [component, ..., d_model]; with ``return_labels``, a pair of that and the labels.
         Raises:
             ArchitectureError: The stream is not known to be a sum, or not that sum in this run (a hook edited
                 it); says where and why.
@@ -167,7 +167,7 @@ class ResidSums(LogitSums):
             pos_slice: Positions to take.
             return_labels: Give the labels too: ``"L0H3"``, ``"L0N17"`` or ``"0_mlp_out"``, ``"embed"``...
         Returns:
-            [component, *batch and pos, d_model]; with ``return_labels``, a pair of that and the labels.
+            [component, ..., d_model]; with ``return_labels``, a pair of that and the labels.
         Raises:
             ArchitectureError: The stream is not known to be a sum, or not that sum in this run; says where.
             UnknownPointError: The cache lacks points; says which.

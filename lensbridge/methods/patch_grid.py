@@ -38,7 +38,7 @@ class PatchGrid:
             together.
         values: The metric under each patch, the mean over rows.
         clean, corrupted: The metric of the two runs as they are, the mean over rows.
-        by_row: The metric of each row, [*axes, batch]; None for a metric that is one number for all rows.
+        by_row: The metric of each row, [..., batch]; None for a metric that is one number for all rows.
         into: The run that was patched, ``"corrupted"`` or ``"clean"``.
         is_estimate: Whether one backward pass made it, to first order, instead of a run for each patch.
         tokens: The tokens of the run that was patched, as text, if it has one row and a tokenizer.
@@ -47,7 +47,7 @@ class PatchGrid:
     site: str
     axes: tuple[str, ...]
     labels: tuple[tuple[Entry | None, ...], ...]
-    values: Float[Tensor, "*axes"]
+    values: Float[Tensor, "..."]
     clean: float
     corrupted: float
     by_row: Tensor | None = None
@@ -121,7 +121,7 @@ class Patch(NamedTuple):
     """
 
     name: str
-    mask: Bool[Tensor, "batch *rest"]
+    mask: Bool[Tensor, "batch ..."]
 
 
 class Axis(NamedTuple):

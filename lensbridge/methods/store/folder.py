@@ -1,11 +1,9 @@
 """Folder: an extraction on disk, begun, gone on with, finished.
 
-| file | |
-|---|---|
-| ``plan.json`` | what is being extracted; written first |
-| ``rank0-00000.safetensors`` | a shard: rows of each point, and tables of the samples they are of |
-| ``rank0.jsonl`` | a line for each shard of that process, once the shard is on the disk |
-| ``index.json`` | all of it; written last, when the others but the shards go |
+- ``plan.json``: what is being extracted; written first
+- ``rank0-00000.safetensors``: a shard: rows of each point, and tables of the samples they are of
+- ``rank0.jsonl``: a line for each shard of that process, once the shard is on the disk
+- ``index.json``: all of it; written last, when the others but the shards go
 
 A shard's tables are ``#samples`` (which samples of the dataset), ``#counts`` (rows of each), ``#lengths``
 (tokens of each), ``#tokens`` (their ids, one sample after the other) and ``#batches`` (number and checksum
