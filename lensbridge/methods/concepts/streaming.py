@@ -86,8 +86,8 @@ class Source:
     def _items(self, order: torch.Generator, start: int) -> Iterator[list[Any]]:
         if self.length is not None:
             drawn = torch.randperm(self.length, generator=order)[start * self.size :]
-            for picked in drawn.split(self.size):
-                yield [self.given[i] for i in picked.tolist()]
+            for at in range(0, len(drawn), self.size):
+                yield [self.given[i] for i in drawn[at : at + self.size].tolist()]
             return
         items = islice(self.given, start * self.size, None)
         while piece := list(islice(items, self.size)):

@@ -29,6 +29,7 @@ from .shards import BATCHES, SAMPLES, settle, write_json
 FORMAT, VERSION = "lensbridge activations", 1
 PLAN, INDEX = "plan.json", "index.json"
 _JOURNAL = re.compile(r"rank(\d+)\.jsonl")
+_OWN = re.compile(r"rank\d+-\d+\.safetensors")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -191,9 +192,17 @@ class Folder:
         self.tidy()
 
     def tidy(self) -> None:
-        """Take away what the index makes superfluous."""
+        """Take away what the index makes superfluous, and shards that were not noted any more.
+
+        Such a one is left by a process that was killed between the two, where fewer went on.
+        """
+        index = self.path / INDEX
+        shards = read_json(index)["shards"] if index.exists() else self.shards()
+        noted = {shard["file"] for shard in shards}
         for file in list(self.path.iterdir()):
-            if _JOURNAL.fullmatch(file.name) or file.name == PLAN or file.name.endswith(".part"):
+            is_left = _OWN.fullmatch(file.name) and file.name not in noted
+            is_note = _JOURNAL.fullmatch(file.name) or file.name == PLAN
+            if is_left or is_note or file.name.endswith(".part"):
                 file.unlink()
 
 

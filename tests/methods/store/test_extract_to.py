@@ -181,6 +181,20 @@ def test_a_full_disk_is_told_of_and_can_be_gone_on_from(
     assert same_rows(acts.load(), extract_representations(llama_bridge, texts, POINTS, 3))
 
 
+def test_a_shard_that_was_not_noted_is_taken_away(to_disk: Any, tmp_path: Path) -> None:
+    """Left by a process that does not go on; what is not the extraction's own stays."""
+    whole = to_disk()
+    folder = tmp_path / "acts"
+    first = whole.index["shards"][0]["file"]
+    for name in ("rank7-00003.safetensors", "mine.safetensors"):
+        (folder / name).write_bytes((folder / first).read_bytes())
+    again = to_disk(resume=True)
+    assert not (folder / "rank7-00003.safetensors").exists()
+    assert (folder / "mine.safetensors").exists()
+    for name in whole.points:
+        assert torch.equal(again[name][:], whole[name][:])
+
+
 def test_an_extraction_that_wrote_nothing_leaves_nothing(to_disk: Any, tmp_path: Path) -> None:
     """Errors in the first batch, in a name, in the dataset."""
     for options, error in (
