@@ -46,7 +46,8 @@ class Streaming:
     def __post_init__(self) -> None:
         for name in ("buffer", "texts_per_batch", "rows", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 1):
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_whole and value >= 1):
                 raise InputError(f"{name} is at least 1, got {value!r}")
 
 

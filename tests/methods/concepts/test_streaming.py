@@ -331,8 +331,9 @@ def test_what_cannot_be_learnt_from(bridge: TransformerBridge, texts: list[str])
         fit_together([explainer, explainer], texts, overwrite=True)
     with pytest.raises(InputError, match="list of explainers"):
         fit_together([], texts)
-    with pytest.raises(InputError, match="buffer is at least 1"):
-        Streaming(buffer=0)
+    for wrong in (0, True):
+        with pytest.raises(InputError, match="buffer is at least 1"):
+            Streaming(buffer=wrong)
 
 
 def test_the_buffer_gives_every_row_once() -> None:
