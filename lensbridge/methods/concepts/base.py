@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...bridge import TransformerBridge
 from ...hooks import InputError, NotFittedError
 from ..granularity import Aggregation, Granularity
+from ..numbers import whole
 from . import fitting
 from .engine import engine
 from .learning import Learning
@@ -64,7 +65,7 @@ class SAEExplainer(Learning):
     ) -> None:
         if not isinstance(getattr(self, "kind", None), str):
             raise TypeError("SAEExplainer is abstract: use TopKSAEConcepts, or another kind")
-        self.nb_concepts = fitting.whole("nb_concepts", nb_concepts)
+        self.nb_concepts = whole("nb_concepts", nb_concepts)
         self.options = {
             **kwargs,
             "encoder_module": encoder_module,

@@ -261,17 +261,6 @@ def finished(model: Autoencoder) -> Autoencoder:
     return model
 
 
-def whole(name: str, given: Any, least: int = 1) -> int:
-    """A whole number.
-
-    Raises:
-        InputError: Something else, or less.
-    """
-    if not isinstance(given, int) or isinstance(given, bool) or given < least:
-        raise InputError(f"{name} is a whole number, at least {least}; got {given!r}")
-    return given
-
-
 def described(value: Any) -> Any:
     """An option as JSON can hold it: classes and functions by name, tensors by shape."""
     if isinstance(value, dict):

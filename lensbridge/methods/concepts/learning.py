@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...bridge import TransformerBridge
 from ...hooks import InputError
+from ..numbers import whole
 from . import fitting
 from .losses import criterion_of
 from .models import Autoencoder
@@ -282,9 +283,9 @@ def settings_of(
         InputError: One out of range.
     """
     schedule = fitting.Schedule(
-        fitting.whole("batch_size", batch_size),
-        fitting.whole("nb_epochs", nb_epochs),
-        fitting.whole("seed", seed, 0),
+        whole("batch_size", batch_size),
+        whole("nb_epochs", nb_epochs),
+        whole("seed", seed, 0),
         progress,
         None if checkpoint is None else Path(checkpoint),
         resume,
@@ -294,12 +295,12 @@ def settings_of(
     return Settings(
         TrainingOptions(
             criterion=criterion_of(criterion),
-            max_nan_fallbacks=fitting.whole("max_nan_fallbacks", max_nan_fallbacks, 0),
+            max_nan_fallbacks=whole("max_nan_fallbacks", max_nan_fallbacks, 0),
             **training,
         ),
         schedule,
         Streaming() if stream is None else stream,
         None if device is None else torch.device(device),
-        None if dead_window is None else fitting.whole("dead_window", dead_window),
+        None if dead_window is None else whole("dead_window", dead_window),
         overwrite,
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...bridge import TransformerBridge
 from ...hooks import InputError
-from .extraction import ActivationBatch, Extraction, Layers, at_least_one
+from ..numbers import whole
+from .extraction import ActivationBatch, Extraction, Layers
 from .folder import Done, Folder
 from .identity import identity_of
 from .items import size_of
@@ -76,7 +77,7 @@ def extract_to(
         UnknownPointError, AbsentPointError, LayerRangeError: A place that is not there.
         OSError: The disk is full, or cannot be written to.
     """
-    at_least_one("shard_bytes", shard_bytes)
+    whole("shard_bytes", shard_bytes)
     extraction = Extraction(
         bridge,
         layers,

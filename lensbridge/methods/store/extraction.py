@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...bridge import TransformerBridge
 from ...hooks import HookPoint, InputError
+from ..numbers import whole
 from ..reading import no_cache, pad_id_of, point_at, read_points, takes_mask
 from .items import check_dataset, items_of
 from .jobs import WINDOW, Job, jobs_of
@@ -89,10 +90,10 @@ class Extraction:
                 "TransformerBridge(model, tokenizer)"
             )
         self.bridge: TransformerBridge = bridge
-        self.batch_size = at_least_one("batch_size", batch_size)
+        self.batch_size = whole("batch_size", batch_size)
         for name, value in (("max_samples", max_samples), ("max_length", max_length)):
             if value is not None:
-                at_least_one(name, value)
+                whole(name, value)
         self.max_samples, self.max_length = max_samples, max_length
         self.positions = Positions(positions)
         self.points = points_of(bridge, layers)
@@ -279,17 +280,6 @@ def points_of(bridge: TransformerBridge, layers: Any) -> dict[str, HookPoint]:
             raise InputError(f"{place!r} is the same place as {twin!r}: {point.name}")
         points[place if isinstance(place, str) else str(point.name)] = point
     return points
-
-
-def at_least_one(name: str, given: Any) -> int:
-    """A whole number of things.
-
-    Raises:
-        InputError: It is none, or below 1.
-    """
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise InputError(f"{name} is a whole number of at least 1, got {given!r}")
-    return given
 
 
 def _per_token(shown: Tensor, hook: HookPoint, job: Job) -> Shaped[Tensor, "batch pos ..."]:

@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ...hooks import InputError
-from .extraction import at_least_one
+from ..numbers import whole
 from .files import Files
 
 _PIECES = 64
@@ -45,9 +45,9 @@ class ShuffledRows:
         self._files = files
         self._name = name
         self._sizes = list(sizes)
-        self.batch_size = at_least_one("batch_size", batch_size)
-        self.buffer_rows = at_least_one("buffer_rows", buffer_rows)
-        self.epochs = at_least_one("epochs", epochs)
+        self.batch_size = whole("batch_size", batch_size)
+        self.buffer_rows = whole("buffer_rows", buffer_rows)
+        self.epochs = whole("epochs", epochs)
         self.seed = seed
         self._epoch = self._given = 0
         self._stream: Iterator[Tensor] | None = None

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...hooks import InputError
-from .extraction import at_least_one
+from ..numbers import whole
 
 _STATES, _IDS = "hidden_states", "token_ids"
 
@@ -85,7 +85,7 @@ def read_vllm_hidden_states(
         InputError: Layer ids that are none.
     """
     path = Path(path)
-    ids = [layer and at_least_one("a layer id", layer) for layer in layer_ids]
+    ids = [whole("a layer id", layer, 0) for layer in layer_ids]
     if not ids or len(set(ids)) < len(ids):
         raise InputError(f"layer_ids are those that vLLM was told, each once, got {layer_ids!r}")
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
