@@ -206,7 +206,10 @@ class Weights(Layers):
     # --- all at once -------------------------------------------------------------------------------------
 
     def get_params(self) -> dict[str, Tensor]:
-        """Every weight by name, of all towers; biases a model does not have are zeros."""
+        """Every weight by name, of all towers; biases a model does not have are zeros.
+
+        Those in `weight_names` that cannot be read are not in it; `weight` says of each why.
+        """
         table = self._weights
         found = {name: table.read_or_none(name) for name, one in table.items() if one.axes}
         return {name: value for name, value in found.items() if value is not None}
